@@ -1,0 +1,76 @@
+# `make` alone lists the targets. Everything runs from .venv; nothing outside this folder is touched.
+SHELL := /bin/bash
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# Nothing phones home, and Prefect keeps its database in this folder.
+export DVC_NO_ANALYTICS := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export MLFLOW_ALLOW_PICKLE_DESERIALIZATION := false
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export DO_NOT_TRACK := 1
+export PREFECT_HOME := $(CURDIR)/.prefect
+PORT ?= 5000
+
+.PHONY: help setup setup-dev repro flow ui real-text pretrained check test lock
+
+help:            ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+setup: .venv/runtime          ## create .venv and install the locked set
+
+setup-dev: .venv/dev          ## the same, with the test tools
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/runtime: requirements.lock pyproject.toml | .venv/bin/python
+	python -m pip install --quiet --constraint requirements.lock .
+	touch $@
+
+.venv/dev: requirements.lock requirements-dev.lock pyproject.toml | .venv/runtime
+	python -m pip install --quiet --constraint requirements.lock --constraint requirements-dev.lock '.[dev]'
+	touch $@
+
+repro: setup                  ## run what is stale of the whole pipeline, then print what came out
+	python -m dvc repro
+	@python -m pipeline.summary
+
+flow: setup                   ## the same stages as tasks of a Prefect flow
+	python -m flows.pipeline
+	@python -m pipeline.summary
+
+ui: setup                     ## browse runs and models in MLflow, on http://127.0.0.1:5000 (PORT=... for another)
+	@case "$$MLFLOW_TRACKING_URI" in http*) echo "MLflow is at $$MLFLOW_TRACKING_URI";; \
+	*) echo "MLflow's pages: http://127.0.0.1:$(PORT) (Ctrl-C ends them)"; \
+	  MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_LOGGING_LEVEL=WARNING exec python -m mlflow server \
+	  --host 127.0.0.1 --port $(PORT) --workers 1 --artifacts-destination mlartifacts \
+	  --backend-store-uri "$$(python -c 'from pipeline import tracking; print(tracking.uri())')";; esac
+
+real-text: setup              ## the whole pipeline on real English, in .examples/real-text
+	python -m examples.run real-text
+
+pretrained: setup             ## fine-tune a real pretrained model on it, in .examples/pretrained
+	python -m pip install --quiet --constraint requirements.lock --constraint requirements-dev.lock '.[pretrained]'
+	python -m examples.run pretrained
+
+check: setup-dev              ## format, lint, types, fast tests: two minutes at most
+	python -m ruff format --check .
+	python -m ruff check .
+	python -m mypy
+	python -m pytest -m 'not slow'
+
+test: setup-dev               ## every test, end-to-end ones included
+	python -m ruff format --check .
+	python -m ruff check .
+	python -m mypy
+	python -m pytest
+
+lock:                         ## install the newest allowed versions in a fresh environment and pin them
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet .
+	{ echo '# The exact set that a fresh machine installs, as a pip constraints file. Made by `make lock`.'; \
+	  .venv-lock/bin/python -m pip freeze --exclude gpt2-pipeline | sed 's/+cpu$$//'; } > requirements.lock
+	.venv-lock/bin/python -m pip install --quiet --constraint requirements.lock '.[dev,pretrained]'
+	{ echo '# What the test tools and the optional extras add to requirements.lock. Made by `make lock`.'; \
+	  .venv-lock/bin/python -m pip freeze --exclude gpt2-pipeline | sed 's/+cpu$$//' | grep -vxFf requirements.lock; } > requirements-dev.lock
+	rm -rf .venv-lock

@@ -1,0 +1,163 @@
+"""Which tokens a training step sees: a function of (seed, step), never of history.
+
+Every epoch shuffles the training documents and lays them end to end in one stream. A document of n tokens takes
+n + 1 places of it: it is read from its start token on, and the last thing predicted is its end token:
+
+    inputs    start t1 t2 ... tn | start u1 ...
+    targets   t1    t2 ... tn end| u1    ...
+
+The stream is cut into windows of T places; only the last window is padded. So no token is dropped, every token is a
+target once an epoch, and where a model's start and end token are the same (GPT-2) the inputs are the usual
+"documents with EOS between them". Positions count from each document's start, which is what keeps documents apart in
+attention (transformers masks wherever positions begin anew). A document that a window's edge cuts goes on in the next
+window with positions from 0.
+
+Shapes: B windows, T places a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.corpus import Corpus, Ints
+
+IGNORE = -100  # a target that does not count: torch's default ignore_index
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some windows; all int64."""
+
+    inputs_BT: Tensor
+    targets_BT: Tensor  # IGNORE where padded
+    positions_BT: Tensor
+
+
+class Batches:
+    """The batches of all steps, computed when asked for.
+
+    Args:
+        documents: indices of the training documents.
+        max_length: T, places a window.
+        batch_size: windows a forward pass of one process, at most.
+        gradient_accumulation: a step takes up to batch_size * gradient_accumulation windows, over all processes.
+        isolate: whether positions begin anew at each document.
+        rank, world_size: this process takes every world_size-th window of a step.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        documents: Ints,
+        *,
+        max_length: int,
+        batch_size: int,
+        gradient_accumulation: int,
+        seed: int,
+        isolate: bool,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.corpus = corpus
+        self.documents = documents
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.windows_per_step = batch_size * gradient_accumulation
+        self.seed = seed
+        self.isolate = isolate
+        self.rank = rank
+        self.world_size = world_size
+        self.tokens_per_epoch = int((corpus.lengths[documents] + 1).sum())
+        self.num_windows = -(-self.tokens_per_epoch // max_length)
+        self.steps_per_epoch = -(-self.num_windows // self.windows_per_step)
+        self._epoch = -1
+
+    def windows_at(self, step: int) -> range:
+        """The windows of a step, of all processes together: windows_per_step, or a few fewer.
+
+        An epoch's windows are shared out evenly over its steps. Filling each step but the last would leave a last one
+        of hardly any windows, whose noisy gradient moves the weights as far as any other.
+        """
+        nth = step % self.steps_per_epoch
+        return range(*(n * self.num_windows // self.steps_per_epoch for n in (nth, nth + 1)))
+
+    def num_tokens_at(self, step: int) -> int:
+        """Predicted tokens of a step, over all processes."""
+        windows = self.windows_at(step)
+        return min(windows.stop * self.max_length, self.tokens_per_epoch) - windows.start * self.max_length
+
+    def num_tokens_before(self, step: int) -> int:
+        """Predicted tokens of all steps before this one."""
+        return step // self.steps_per_epoch * self.tokens_per_epoch + self.windows_at(step).start * self.max_length
+
+    def batches_at(self, step: int) -> list[Batch]:
+        """The micro-batches of this process for one step. Every process gets as many, padded where need be."""
+        windows = self.windows_at(step)
+        mine = np.asarray(windows[self.rank :: self.world_size], dtype=np.int64)
+        largest_share = -(-len(windows) // self.world_size)
+        mine = np.pad(mine, (0, largest_share - len(mine)), constant_values=self.num_windows)  # all padding
+        epoch = step // self.steps_per_epoch
+        return [self._batch(epoch, mine[i : i + self.batch_size]) for i in range(0, largest_share, self.batch_size)]
+
+    def _batch(self, epoch: int, windows_B: Ints) -> Batch:
+        order, starts = self._stream(epoch)
+        places_BT = windows_B[:, None] * self.max_length + np.arange(self.max_length)
+        real_BT = places_BT < self.tokens_per_epoch
+        clipped_BT = np.minimum(places_BT, self.tokens_per_epoch - 1)
+        nth_BT = np.searchsorted(starts, clipped_BT, side="right") - 1
+        document_BT = order[nth_BT]
+        within_BT = clipped_BT - starts[nth_BT]  # 0 at the start token
+        token_BT = self.corpus.offsets[document_BT] + within_BT
+        last = len(self.corpus.tokens) - 1
+        before_BT = self.corpus.tokens[np.clip(token_BT - 1, 0, last)].astype(np.int64)
+        here_BT = self.corpus.tokens[np.clip(token_BT, 0, last)].astype(np.int64)
+        is_end_BT = token_BT == self.corpus.offsets[document_BT + 1]
+        inputs_BT = np.where(within_BT == 0, self.corpus.start_id, before_BT)
+        targets_BT = np.where(is_end_BT, self.corpus.end_id, here_BT)
+        in_window_BT = np.tile(np.arange(self.max_length), (len(windows_B), 1))
+        # Padding goes on counting, so that it never looks like the start of a document.
+        positions_BT = (
+            np.where(real_BT, np.minimum(within_BT, in_window_BT), in_window_BT) if self.isolate else in_window_BT
+        )
+        return Batch(
+            inputs_BT=torch.from_numpy(np.where(real_BT, inputs_BT, self.corpus.end_id)),
+            targets_BT=torch.from_numpy(np.where(real_BT, targets_BT, IGNORE)),
+            positions_BT=torch.from_numpy(positions_BT),
+        )
+
+    def _stream(self, epoch: int) -> tuple[Ints, Ints]:
+        """Documents in this epoch's order, and the place where each starts. Kept for one epoch."""
+        if epoch != self._epoch:
+            generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
+            order = generator.permutation(self.documents)
+            ends = np.cumsum(self.corpus.lengths[order] + 1)
+            self._order, self._starts = order, np.concatenate([[0], ends[:-1]])
+            self._epoch = epoch
+        return self._order, self._starts
+
+
+class _Steps(torch.utils.data.Dataset[list[Batch]]):
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        return self.batches.batches_at(step)
+
+
+def load_ahead(batches: Batches, steps: range, num_workers: int) -> Iterator[list[Batch]]:
+    """The micro-batches of each step in order, prepared by `num_workers` processes ahead of use."""
+    loader: Iterator[list[Batch]] = iter(
+        torch.utils.data.DataLoader(
+            _Steps(batches), sampler=steps, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is
+        )
+    )
+    return loader
+
+
+def _as_it_is(batches: list[Batch]) -> list[Batch]:
+    return batches

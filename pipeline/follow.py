@@ -1,0 +1,168 @@
+"""follow: show a training's curves in MLflow while it runs.
+
+    python -m pipeline.follow RUN_FOLDER PID
+
+`train` starts it and forgets it: a process of its own, at low priority, that reads the files which training writes
+anyway, so nothing here can hold training up or fail it. It ends with the process PID. The run stays RUNNING when
+training finished (publishing completes it), and becomes KILLED when it did not; the next attempt takes it up again.
+A store that cannot be reached is tried again later; publishing writes whatever is missing then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline import publication, stage, tracking
+
+TRAINER = "pipeline.trainer"  # tag: host, process and its start time
+SPEED = "tokens_per_s"
+INTERVAL_S = 3.0
+RETRY_S = 30.0
+
+
+class Tail:
+    """The rows that a growing file of JSON lines got since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.num_bytes_read = 0
+
+    def new_rows(self) -> list[dict[str, Any]]:
+        """Whole lines only; a file that was cut, as resuming does, is read again from its beginning."""
+        if not self.path.exists():
+            return []
+        if self.path.stat().st_size < self.num_bytes_read:
+            self.num_bytes_read = 0
+        with self.path.open("rb") as file:
+            file.seek(self.num_bytes_read)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        try:
+            rows = [json.loads(line) for line in whole.splitlines()]
+        except ValueError:  # cut, and grown past where we were: these are pieces of lines
+            self.num_bytes_read = 0
+            return []
+        self.num_bytes_read += len(whole)
+        return rows
+
+
+class Live:
+    """The run of a training in progress, found by its fingerprint or created."""
+
+    def __init__(self, fingerprint: str, trainer: str) -> None:
+        params = stage.load_params()
+        self.trainer = trainer
+        self.store = tracking.Store(params["publish"].experiment)
+        self.run: Any = None  # None: this training is published already
+        with tracking.alone():
+            known = self.store.runs(tracking.FINGERPRINT, fingerprint)
+            if not known:
+                known = [self.store.create(fingerprint)]
+            unpublished = [run for run in known if tracking.PUBLICATION not in run.data.tags]
+            if not unpublished:
+                return
+            self.run = unpublished[0]
+            self.store.client.update_run(self.run.info.run_id, status="RUNNING")
+            sections = {name: params[name].model_dump() for name in ("model", "train")}
+            self.store.add(self.run, params=publication.flat(sections), tags={TRAINER: trainer})
+        self.held = set(self.store.points(self.run, {*tracking.CURVES, tracking.GAP, SPEED}))
+        self.end_abandoned()
+
+    def send(self, points: tracking.Points) -> None:
+        """Write the points that the run does not hold yet."""
+        new = {at: value for at, value in points.items() if at not in self.held}
+        self.store.add(self.run, new)
+        self.held |= set(new)
+
+    def end_killed(self) -> None:
+        """End the run, unless another attempt has taken it up meanwhile."""
+        run = self.store.client.get_run(self.run.info.run_id)
+        if run.data.tags.get(TRAINER) == self.trainer and tracking.PUBLICATION not in run.data.tags:
+            self.store.end(run, "KILLED")
+
+    def end_abandoned(self) -> None:
+        """End what crashes of this machine left RUNNING: followers die with it too."""
+        for run in self.store.running():
+            if run.info.run_id != self.run.info.run_id and _is_gone(run.data.tags.get(TRAINER, "")):
+                self.store.end(run, "KILLED")
+
+
+def follow(folder: Path, trainer: psutil.Process) -> None:
+    """Send rows until the trainer is gone, and once more after that."""
+    tail, speeds = Tail(folder / "train.jsonl"), Tail(folder / "timing.jsonl")
+    tag = _tag(trainer)
+    waiting: tracking.Points = {}
+    live: Live | None = None
+    while True:
+        training = _is_running(trainer)  # asked before reading, so the last reading misses nothing
+        waiting |= tracking.points_of(tail.new_rows())
+        waiting |= {(SPEED, row["step"]): float(row[SPEED]) for row in speeds.new_rows()}
+        pause_s = INTERVAL_S
+        try:
+            with tracking.problems():
+                live = live or Live(folder.name[: tracking.NUM_FINGERPRINT_DIGITS], tag)
+                if live.run is None:
+                    return
+                live.send(waiting)
+                waiting = {}
+                if not training:
+                    if folder.exists() and not (folder / "last").is_dir():  # unfinished
+                        live.end_killed()
+                    return
+        except stage.Refusal as problem:
+            print(f"follow: {problem}", file=sys.stderr, flush=True)
+            live, pause_s = None, RETRY_S
+            if not training:
+                return
+        _wait(trainer, pause_s)
+
+
+def _tag(process: psutil.Process) -> str:
+    """Host, process and its start time, for a process id alone is given again."""
+    return f"{socket.gethostname()} {process.pid} {process.create_time():.0f}"
+
+
+def _is_gone(tag: str) -> bool:
+    """Whether the tag names a process of this machine that is no longer there."""
+    host, _, process = tag.partition(" ")
+    if host != socket.gethostname():
+        return False
+    pid, start_s = map(int, process.split())
+    try:
+        return bool(abs(psutil.Process(pid).create_time() - start_s) > 2)
+    except psutil.Error:
+        return True
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def _wait(process: psutil.Process, seconds: float) -> None:
+    try:
+        process.wait(timeout=seconds)
+    except psutil.Error:  # still running after that long
+        return
+
+
+def main() -> None:
+    """Read the command line."""
+    os.nice(10)
+    folder, pid = Path(sys.argv[1]), int(sys.argv[2])
+    with stage.refusals("follow"), contextlib.suppress(psutil.NoSuchProcess):
+        follow(folder, psutil.Process(pid))
+
+
+if __name__ == "__main__":
+    main()

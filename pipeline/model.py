@@ -1,0 +1,181 @@
+"""The base model: where pretrained weights come from, and how they are pinned.
+
+`model.base` is `scratch`, a folder, or a Hub id. Pretrained weights are always pinned by
+`model.revision`, so that DVC sees every change of them in params.yaml: by the commit of a Hub id, by
+the SHA-256 of a folder. Remote code and pickled weights are never loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pydantic
+
+from pipeline import files, stage
+from pipeline.stage import Refusal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from pipeline.corpus import Corpus
+    from pipeline.train import Params as TrainParams
+
+SCRATCH = "scratch"
+COMMIT = re.compile(r"[0-9a-f]{40}")
+# What the configurations of causal language models call their dropout probabilities.
+DROPOUTS = {"embd_pdrop", "resid_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout", "embedding_dropout"}
+
+
+class Params(stage.Params):
+    """Section `model` of params.yaml."""
+
+    base: str = pydantic.Field(min_length=1)
+    revision: str | None
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the weights start random and the tokenizer is trained here."""
+        return self.base == SCRATCH
+
+    @pydantic.model_validator(mode="after")
+    def _revision_fits_base(self) -> Params:
+        if self.from_scratch and self.revision is not None:
+            raise ValueError(f"revision {self.revision!r} has no meaning with base: scratch; set it to null")
+        return self
+
+
+def pretrained_source(model: Params) -> tuple[str, dict[str, object]]:
+    """The name and keyword arguments that every `from_pretrained` of the base model takes.
+
+    Raises:
+        Refusal: the folder's bytes are not the pinned ones, or a Hub id has no commit.
+    """
+    assert not model.from_scratch
+    safe: dict[str, object] = {"trust_remote_code": False}
+    folder = Path(model.base)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise Refusal(f"model.base: {folder} has no config.json, so it is no model folder")
+        found = files.sha256_of(folder)
+        if model.revision != found:
+            raise Refusal(
+                f"model.revision is {model.revision!r}, but the files in {folder} have the SHA-256 {found}; "
+                "write that one into params.yaml if these are the weights you mean"
+            )
+        return str(folder), safe
+    if model.base.startswith((".", "/", "~")) or model.base.count("/") > 1:
+        raise Refusal(f"model.base: there is no folder {model.base}")
+    if model.revision is None or not COMMIT.fullmatch(model.revision):
+        raise Refusal(
+            f"model.revision is {model.revision!r}: pin {model.base} to a commit of 40 digits (on the Hub: "
+            "the model's page, Files, History), or set model.base to a local folder"
+        )
+    return model.base, safe | {"revision": model.revision}
+
+
+def load_tokenizer(model: Params) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of the pretrained base model.
+
+    Raises:
+        Refusal: the base cannot be reached or has no fast tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    name, options = pretrained_source(model)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, use_fast=True, **options)
+    except (OSError, ValueError) as problem:
+        raise _unreachable(model, problem) from None
+    if not tokenizer.is_fast:
+        raise Refusal(f"model.base: {model.base} has no fast tokenizer (tokenizer.json); choose another model")
+    return tokenizer
+
+
+def load_pretrained(model: Params, **options: object) -> PreTrainedModel:
+    """The pretrained base model, in float32, from safetensors.
+
+    Raises:
+        Refusal: the base cannot be reached or is no causal language model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    name, safe = pretrained_source(model)
+    try:
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, **safe, **options
+        )
+    except (OSError, ValueError) as problem:
+        raise _unreachable(model, problem) from None
+    return loaded
+
+
+def _unreachable(model: Params, problem: Exception) -> Refusal:
+    first_line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    return Refusal(
+        f"model.base: {model.base} could not be loaded{offline}: {first_line} "
+        "Without a network, download the model elsewhere, copy its folder here and set model.base to that folder."
+    )
+
+
+def initial_model(model: Params, train: TrainParams, corpus: Corpus) -> PreTrainedModel:
+    """The weights that training starts from, in float32 on the CPU: random by the seed, or the pretrained ones.
+
+    Raises:
+        Refusal: the windows are longer than the model's positions, or the tokenizer has ids that the model has not.
+    """
+    import torch
+    from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+
+    if model.from_scratch:
+        shape = train.scratch
+        torch.manual_seed(train.seed)
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=corpus.vocabulary_size,
+                n_positions=train.max_length,
+                n_layer=shape.num_layers,
+                n_head=shape.num_heads,
+                n_embd=shape.embedding_size,
+                bos_token_id=corpus.start_id,
+                eos_token_id=corpus.end_id,
+                **{key: train.dropout for key in ("embd_pdrop", "resid_pdrop", "attn_pdrop")},
+            )
+        )
+    name, options = pretrained_source(model)
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+    except (OSError, ValueError) as problem:
+        raise _unreachable(model, problem) from None
+    for key in DROPOUTS & set(config.to_dict()):
+        setattr(config, key, train.dropout)
+    positions = num_positions(config)
+    if train.max_length > positions:
+        raise Refusal(f"train.max_length is {train.max_length}, but {model.base} has {positions} positions; lower it")
+    if corpus.vocabulary_size > config.vocab_size:
+        raise Refusal(
+            f"the tokenizer has {corpus.vocabulary_size} tokens, but {model.base} only {config.vocab_size}: "
+            "model and tokenizer do not belong together"
+        )
+    return load_pretrained(model, config=config)
+
+
+def num_positions(config: PreTrainedConfig) -> int:
+    """Tokens that a model can look at together; as good as endless for models without position embeddings."""
+    return int(getattr(config, "max_position_embeddings", 10**30))  # transformers' own number for "no limit"
+
+
+def load_trained(folder: Path) -> PreTrainedModel:
+    """A model that the train stage wrote, in float32 on the CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM, logging
+
+    logging.disable_progress_bar()  # one for reading a file of a second
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
+    )
+    return loaded

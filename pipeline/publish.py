@@ -1,0 +1,132 @@
+"""publish: one MLflow run for one result, and its model as a registered version with the alias challenger.
+
+In:  models/best, all reports, all of params.yaml, and the tokens and splits for the lineage of the data.
+Out: publication.json: what is published, and its SHA-256. No run id, no version number, no clock: MLflow is a view of
+     these files, and whatever is missing there is written again from them.
+
+    python -m pipeline.publish
+
+A second time changes nothing. A run that training left live, or a publication that was killed, is completed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from pipeline import files, publication, stage
+
+if TYPE_CHECKING:
+    from pipeline import registry
+
+
+class Params(stage.Params):
+    """Section `publish` of params.yaml."""
+
+    experiment: str = Field(min_length=1, max_length=200)
+    registered_model: str = Field(min_length=1, max_length=200, pattern=r"^[^/:'\"`%]+$")  # MLflow takes no others
+
+
+def main(paths: stage.Paths, publish: Params, **others: stage.Params) -> None:
+    """Publish the result that lies in the files."""
+    sections = {"publish": publish, **others}
+    result = publication.content(paths, {name: section.model_dump() for name, section in sections.items()})
+    version = project(result, paths)
+    files.write_json(paths["publication.json"], result)
+    print(
+        f"publish: experiment {publish.experiment!r} of MLflow holds this result ({result['publication'][:8]}); "
+        f"its model is version {version} of {publish.registered_model!r}"
+    )
+
+
+def ensure() -> None:
+    """Make MLflow hold what publication.json names, also when DVC restored the files and no code ran.
+
+    Raises:
+        Refusal: nothing is published yet, MLflow cannot be used, or the other files belong to another result.
+    """
+    from pipeline import registry, tracking
+
+    paths = stage.paths_of(stage.read_stages()["publish"])
+    if not paths["publication.json"].exists():
+        raise stage.Refusal(f"there is no {paths['publication.json']} yet; run `dvc repro`")
+    result = files.read_json(paths["publication.json"])
+    with tracking.problems():
+        store = tracking.Store(result["experiment"])
+        complete = store.published(result["publication"]) is not None
+        if complete and registry.is_current(store, result["registered_model"], result["model_sha256"]):
+            return
+    params = {name: section.model_dump() for name, section in stage.load_params().items()}
+    if publication.content(paths, params) != result:
+        raise stage.Refusal(f"{paths['publication.json']} is not about the files beside it; run `dvc repro`")
+    project(result, paths)
+
+
+def project(result: Mapping[str, Any], paths: stage.Paths) -> str:
+    """Make MLflow hold the result, doing only what is not done yet; return the number of the model's version.
+
+    Raises:
+        Refusal: MLflow cannot be used.
+    """
+    from pipeline import registry, tracking
+
+    final = publication.final_metrics(files.read_json(paths["evaluation.json"]))
+    points = tracking.points_of(files.read_jsonl(paths["train.jsonl"]))
+    points |= {(name, result["step"]): value for name, value in final.items()}
+    with tracking.problems(), tracking.alone():
+        store = tracking.Store(result["experiment"])
+        run = store.published(result["publication"])
+        if run is not None:
+            return registry.register(store, run, model_of(result, paths))
+        run, held = store.adopt(result["publication"], result["fingerprint"], points, result["params"])
+        store.add(
+            run,
+            {point: value for point, value in points.items() if point not in held},
+            result["params"],
+            tags_of(result),
+        )
+        store.add_datasets(run, result["datasets"])
+        store.add_files(run, publication.reports(paths))
+        version = registry.register(store, run, model_of(result, paths))
+        store.end(run, "FINISHED")  # last: it says that nothing is missing
+    return version
+
+
+def tags_of(result: Mapping[str, Any]) -> dict[str, str]:
+    """What a run tells besides numbers."""
+    from pipeline import origin, registry
+
+    found = origin.tags() | {registry.MODEL_SHA256: result["model_sha256"], "pipeline.verdict": result["verdict"]}
+    return found | {"mlflow.source.git.commit": found["git.commit"]}  # the name that MLflow's pages look for
+
+
+def model_of(result: Mapping[str, Any], paths: stage.Paths) -> registry.Model:
+    """The model as the registry takes it."""
+    from pipeline import origin, registry, tracking
+
+    losses = {side: "not finite" if loss is None else f"{loss:.4f}" for side, loss in result["losses"].items()}
+    return registry.Model(
+        registered_model=result["registered_model"],
+        folder=paths["best"],
+        sha256=result["model_sha256"],
+        step=result["step"],
+        tags={
+            tracking.FINGERPRINT: result["fingerprint"],
+            tracking.PUBLICATION: result["publication"],
+            "pipeline.verdict": result["verdict"],
+            "git.commit": origin.commit()["git.commit"],
+            **{f"{side}_loss": loss for side, loss in losses.items()},
+        },
+        description=(
+            f"Verdict: {result['verdict']}. Loss {losses['validation']} on validation, {losses['test']} on test "
+            f"(nats per token), at step {result['step']}. Base model: {result['params']['model.base']}."
+        ),
+        prompt=json.loads(result["params"]["sample.prompts"])[0],
+    )
+
+
+if __name__ == "__main__":
+    stage.run("publish", main)

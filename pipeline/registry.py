@@ -1,0 +1,176 @@
+"""The model in MLflow: logged once, registered once, found by the SHA-256 of its bytes.
+
+The files of models/best are copied as they are, so what is served is byte for byte what was evaluated, and no
+weights pass through memory. A logged model has two flavours: `python_function` (serving.py, which caps prompts and
+answers) and `transformers` (`mlflow.transformers.load_model` gives a pipeline).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import serving
+from pipeline.stage import Refusal
+from pipeline.tracking import Store, uri
+
+ALIAS = "challenger"
+MODEL_SHA256 = "pipeline.model_sha256"
+REQUIREMENTS = ("mlflow", "numpy", "pandas", "safetensors", "tokenizers", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is registered."""
+
+    registered_model: str
+    folder: Path  # a Hugging Face folder
+    sha256: str
+    step: int
+    tags: Mapping[str, str]
+    description: str
+    prompt: str  # an example of an input
+
+
+def registered(store: Store, name: str, sha256: str) -> Any | None:
+    """The newest version with these bytes, or None."""
+    found = store.client.search_model_versions(f"name = '{name}' and tags.`{MODEL_SHA256}` = '{sha256}'")
+    return max(found, key=lambda version: int(version.version), default=None)
+
+
+def is_current(store: Store, name: str, sha256: str) -> bool:
+    """Whether these bytes are registered and the alias points at them."""
+    version = registered(store, name, sha256)
+    return version is not None and _aliases(store, name).get(ALIAS) == str(version.version)
+
+
+def register(store: Store, run: Any, model: Model) -> str:
+    """Make the model a version with the alias, doing only what is not done yet; return the version's number."""
+    name = model.registered_model
+    version = registered(store, name, model.sha256)
+    if version is None:
+        model_id = _logged(store, run, model)
+        _link(store, run, model_id, model.step)
+        if not store.client.search_registered_models(f"name = '{name}'"):
+            store.client.create_registered_model(name)
+        # With a database as its store, MLflow looks for models:/ where this variable says, not where the client does.
+        with _environment(MLFLOW_TRACKING_URI=uri()):
+            version = store.client.create_model_version(
+                name,
+                f"models:/{model_id}",
+                run_id=run.info.run_id,
+                model_id=model_id,
+                tags={MODEL_SHA256: model.sha256, **model.tags},
+                description=model.description,
+            )
+        if version.status != "READY":
+            raise Refusal(f"MLflow could not register {name}: version {version.version} is {version.status}")
+    elif version.source.startswith("models:/"):
+        _link(store, run, version.source.removeprefix("models:/"), model.step)
+    if _aliases(store, name).get(ALIAS) != str(version.version):
+        store.client.set_registered_model_alias(name, ALIAS, str(version.version))
+    return str(version.version)
+
+
+def _aliases(store: Store, name: str) -> dict[str, str]:
+    return {alias: str(number) for alias, number in store.client.get_registered_model(name).aliases.items()}
+
+
+def _link(store: Store, run: Any, model_id: str, step: int) -> None:
+    """Show the logged model among the outputs of the run."""
+    outputs = store.client.get_run(run.info.run_id).outputs
+    if model_id not in {output.model_id for output in (outputs.model_outputs if outputs else [])}:
+        store.client.log_outputs(run.info.run_id, [store.entities.LoggedModelOutput(model_id, step)])
+
+
+def _logged(store: Store, run: Any, model: Model) -> str:
+    """The id of the run's logged model with these bytes; one that a killed publication left unfinished is replaced."""
+    of_run = f"source_run_id = '{run.info.run_id}'"
+    for found in store.client.search_logged_models([store.experiment_id], of_run):
+        if found.status == "READY" and found.tags.get(MODEL_SHA256) == model.sha256:
+            return str(found.model_id)
+        store.client.delete_logged_model(found.model_id)
+    new = store.client.create_logged_model(
+        store.experiment_id,
+        name="model",
+        source_run_id=run.info.run_id,
+        tags={MODEL_SHA256: model.sha256, **model.tags},
+    )
+    with tempfile.TemporaryDirectory() as beside, _environment(MLFLOW_HTTP_REQUEST_TIMEOUT="120"):
+        # The server was just reachable; storing a large file takes it longer than an answer does.
+        folder = Path(beside) / "model"
+        save(folder, model, run.info.run_id, new.model_id)
+        store.client.log_model_artifacts(new.model_id, str(folder))
+    store.client.finalize_logged_model(new.model_id, "READY")
+    return str(new.model_id)
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Set variables of the environment for a while; MLflow reads its own at every call."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def save(folder: Path, model: Model, run_id: str, model_id: str) -> None:
+    """Write the model as MLflow wants it."""
+    import mlflow.pyfunc
+    from mlflow.models import Model as Description
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    kinds = {bool: "boolean", int: "long", float: "double"}
+    options = [ParamSpec(name, kinds[type(value)], value) for name, value in serving.DEFAULTS.items()]
+    description = Description(run_id=run_id, model_id=model_id, metadata={MODEL_SHA256: model.sha256, **model.tags})
+    mlflow.pyfunc.save_model(
+        str(folder),
+        loader_module="serving",
+        data_path=str(model.folder),
+        code_paths=[serving.__file__],
+        mlflow_model=description,
+        signature=ModelSignature(
+            inputs=Schema([ColSpec("string")]), outputs=Schema([ColSpec("string")]), params=ParamSchema(options)
+        ),
+        input_example=([model.prompt], dict(serving.DEFAULTS)),
+        pip_requirements=[f"{name}=={_version(name)}" for name in REQUIREMENTS],
+    )
+    # The transformers flavour reads the same weights; of the tokenizer it wants a folder of its own.
+    weights = Path(description.flavors["python_function"]["data"])
+    shutil.copytree(
+        model.folder,
+        folder / "components" / "tokenizer",
+        ignore=shutil.ignore_patterns("*.safetensors", "training.json"),
+    )
+    description.add_flavor(
+        "transformers",
+        transformers_version=_version("transformers"),
+        task="text-generation",
+        instance_type="TextGenerationPipeline",
+        pipeline_model_type="AutoModelForCausalLM",
+        source_model_name=model.registered_model,
+        model_binary=weights.as_posix(),
+        components=["tokenizer"],
+        tokenizer_type="AutoTokenizer",
+        tokenizer_name=model.registered_model,
+    )
+    description.save(str(folder / "MLmodel"))
+
+
+def _version(package: str) -> str:
+    """The installed version, without a build's name: 2.13.0+cpu is on no registry."""
+    return importlib.metadata.version(package).split("+")[0]

@@ -1,0 +1,274 @@
+"""The one place that talks to MLflow about experiments and runs; `registry` adds models, nobody else imports it.
+
+MLflow is a projection of files: a run holds what the files say and nothing that only it knows. So everything here can
+be repeated: a run is found again by its tags, and each point of a curve, (metric, step), is written once. Its
+timestamp is the run's start plus one millisecond a step, because the files hold no clock; and because the store's key
+is (metric, step, timestamp, value), two processes that write the same point at the same moment leave one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from pipeline.stage import Refusal
+
+Points = dict[tuple[str, int], float]  # (metric, step) -> value
+
+CURVES = ("loss", "learning_rate", "grad_norm", "train_eval_loss", "validation_loss")
+GAP = "generalisation_gap"
+CONTEXTS = {"train": "training", "validation": "validation", "test": "test"}  # as MLflow names them
+FINGERPRINT, PUBLICATION, SUPERSEDED = "pipeline.fingerprint", "pipeline.publication", "pipeline.superseded_by"
+NUM_FINGERPRINT_DIGITS = 16  # the run folder's name has as many
+MAX_PARAM_CHARACTERS = 6000  # MLflow's limit
+OUT_OF_REACH = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")  # MLflow's codes for a store that fails
+BATCH_METRICS, BATCH_OTHERS = 1000, 100  # MLflow's limits for one log_batch
+
+# Forced: nothing phones home, no pickle is ever loaded. Otherwise a user's own setting wins.
+FORCED = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+DEFAULTS = {
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # A dead or hanging server is given up after two tries, not after four minutes.
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "8",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+}
+
+
+def uri() -> str:
+    """Where the runs are: MLFLOW_TRACKING_URI, by default a database in the repository."""
+    database = Path.cwd() / "mlflow.db"
+    # SQLAlchemy reads % as an escape and ? as the start of options, but both may be in a folder's name.
+    default = database if not {"%", "?"} & set(str(database)) else database.name
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{default}"
+
+
+def is_server(store_uri: str) -> bool:
+    """Whether a server stands between us and the store."""
+    return store_uri.startswith(("http:", "https:", "databricks"))
+
+
+def artifact_location(store_uri: str) -> str | None:
+    """Where a new experiment keeps its files: beside the database, or where the server decides (None)."""
+    if is_server(store_uri):
+        return None
+    folder = Path.cwd()
+    if store_uri.startswith("sqlite:///"):
+        folder = Path(unquote(store_uri.removeprefix("sqlite:///").split("?")[0])).resolve().parent
+    return (folder / "mlartifacts").as_uri()
+
+
+def points_of(rows: Iterable[Mapping[str, Any]]) -> Points:
+    """Every curve that rows of train.jsonl hold; a value that is missing or not finite is no point."""
+    points: Points = {}
+    for row in rows:
+        values = {name: row.get(name) for name in CURVES}
+        if values["validation_loss"] is not None and values["train_eval_loss"] is not None:
+            values[GAP] = values["validation_loss"] - values["train_eval_loss"]
+        for name, value in values.items():
+            if value is not None and math.isfinite(value):
+                points[name, row["step"]] = float(value)
+    return points
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Hold the repository's lock: one process at a time looks for a run and creates what it misses."""
+    with Path("dvc.yaml").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def problems() -> Iterator[None]:
+    """Turn what MLflow raises when its store is out of reach into one sentence; keep its warnings quiet.
+
+    Raises:
+        Refusal: the store cannot be reached, opened or written.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mlflow = load_mlflow()
+        from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException as UnknownStore
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            yield
+            return
+        except mlflow.exceptions.MlflowException as problem:
+            if not isinstance(problem, UnknownStore) and problem.error_code not in OUT_OF_REACH:
+                raise
+            reason = str(problem)
+        except (OSError, ImportError, SQLAlchemyError) as problem:  # ImportError: of a database's driver
+            reason = str(problem) or type(problem).__name__
+    shown = re.sub(r"//[^/@]*@", "//", uri())  # without a password
+    reason = re.sub(r"//[^/@]*@", "//", reason).strip().splitlines()[0][:300]
+    raise Refusal(
+        f"the MLflow store at {shown} cannot be used ({reason}). Start it, or set or unset MLFLOW_TRACKING_URI; "
+        "then run this again, nothing else is repeated"
+    )
+
+
+def load_mlflow() -> Any:
+    """MLflow, imported quietly and with telemetry and pickles off."""
+    os.environ.update(FORCED)
+    for key, value in DEFAULTS.items():
+        os.environ.setdefault(key, value)
+    import mlflow
+
+    if not is_server(uri()):
+        import mlflow.store.db.utils
+
+        # A database that cannot be opened is tried ten times, for 100 s; four times take one.
+        mlflow.store.db.utils.MAX_RETRY_COUNT = 4
+    for name in ("mlflow", "alembic", "sqlalchemy.engine"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return mlflow
+
+
+class Store:
+    """One experiment of the tracking store. Call under `problems`."""
+
+    def __init__(self, experiment: str) -> None:
+        mlflow = load_mlflow()
+        self.entities = mlflow.entities
+        self.client = mlflow.MlflowClient(uri(), uri())
+        self.experiment_id = self._experiment(experiment)
+
+    def _experiment(self, name: str) -> str:
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            location = artifact_location(uri())
+            return str(self.client.create_experiment(name, artifact_location=location))
+        if found.lifecycle_stage == "deleted":
+            raise Refusal(
+                f"publish.experiment: {name!r} was deleted in MLflow; bring it back with "
+                f"`mlflow experiments restore -x {found.experiment_id}`, or choose another name in params.yaml"
+            )
+        return str(found.experiment_id)
+
+    def runs(self, tag: str, value: str) -> list[Any]:
+        """All runs with this tag, the oldest first."""
+        found = self.client.search_runs([self.experiment_id], f"tags.`{tag}` = '{value}'", max_results=1000)
+        return sorted(found, key=lambda run: (run.info.start_time, run.info.run_id))
+
+    def running(self) -> list[Any]:
+        """All runs of the experiment that are RUNNING."""
+        return list(self.client.search_runs([self.experiment_id], "attributes.status = 'RUNNING'", max_results=1000))
+
+    def published(self, publication: str) -> Any | None:
+        """The complete run of this publication: FINISHED is set last, and only by publishing."""
+        return next((run for run in self.runs(PUBLICATION, publication) if run.info.status == "FINISHED"), None)
+
+    def create(self, fingerprint: str) -> Any:
+        """A new run, RUNNING, named after the fingerprint of its training."""
+        short = fingerprint[:NUM_FINGERPRINT_DIGITS]
+        tags = {FINGERPRINT: short, "mlflow.source.name": "dvc.yaml"}
+        return self.client.create_run(self.experiment_id, run_name=f"training {short[:8]}", tags=tags)
+
+    def points(self, run: Any, names: Iterable[str]) -> Points:
+        """What the run holds of these metrics."""
+        found: Points = {}
+        for name in sorted(set(names) & set(run.data.metrics)):
+            for metric in self.client.get_metric_history(run.info.run_id, name):
+                found[name, metric.step] = metric.value
+        return found
+
+    def add(
+        self,
+        run: Any,
+        points: Points | None = None,
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write points, the parameters that are missing, and tags, in as few calls as MLflow allows."""
+        start_ms = run.info.start_time
+        missing = {
+            key: value[:MAX_PARAM_CHARACTERS] for key, value in (params or {}).items() if key not in run.data.params
+        }
+        metrics = [
+            self.entities.Metric(name, value, start_ms + step, step) for (name, step), value in (points or {}).items()
+        ]
+        for some in chunks(metrics, BATCH_METRICS):
+            self.client.log_batch(run.info.run_id, metrics=some)
+        for some in chunks([self.entities.Param(*item) for item in missing.items()], BATCH_OTHERS):
+            self.client.log_batch(run.info.run_id, params=some)
+        for some in chunks([self.entities.RunTag(*item) for item in (tags or {}).items()], BATCH_OTHERS):
+            self.client.log_batch(run.info.run_id, tags=some)
+
+    def adopt(
+        self, publication: str, fingerprint: str, points: Points, params: Mapping[str, str]
+    ) -> tuple[Any, Points]:
+        """The run to publish into, claimed by its tag, and the points that it holds.
+
+        That is the one that a killed publication left, or the one that was live while training, or a new one. A live
+        run that contradicts the files (a training resumed elsewhere, other parameters) is put away: points and
+        parameters of MLflow cannot be taken back.
+        """
+        left = self.runs(PUBLICATION, publication)
+        live = self.runs(FINGERPRINT, fingerprint[:NUM_FINGERPRINT_DIGITS])
+        for run in left + [run for run in live if PUBLICATION not in run.data.tags]:
+            held = self.points(run, {name for name, _ in points} | {*CURVES, GAP})
+            agrees = all(math.isclose(points.get(at, math.nan), value, rel_tol=1e-9) for at, value in held.items())
+            if agrees and all(
+                params.get(key, "")[:MAX_PARAM_CHARACTERS] == value for key, value in run.data.params.items()
+            ):
+                break
+            self.client.set_terminated(run.info.run_id, status="KILLED")
+            self.client.set_tag(run.info.run_id, SUPERSEDED, publication)
+            for tag in (FINGERPRINT, PUBLICATION):
+                if tag in run.data.tags:
+                    self.client.delete_tag(run.info.run_id, tag)
+        else:
+            run, held = self.create(fingerprint), {}
+        self.client.set_tag(run.info.run_id, PUBLICATION, publication)
+        self.client.update_run(run.info.run_id, name=os.environ.get("DVC_EXP_NAME") or publication[:8])
+        return run, held
+
+    def add_datasets(self, run: Any, datasets: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write the lineage: a dataset for each side, named by it."""
+        held = {known.dataset.name for known in run.inputs.dataset_inputs} if run.inputs else set()
+        missing = [
+            self.entities.DatasetInput(
+                self.entities.Dataset(
+                    name=side,
+                    digest=about["digest"],
+                    source_type="local",
+                    source=json.dumps({"uri": about["source"]}),
+                    profile=json.dumps({key: value for key, value in about.items() if key.startswith("num_")}),
+                ),
+                tags=[self.entities.InputTag("mlflow.data.context", CONTEXTS[side])],
+            )
+            for side, about in datasets.items()
+            if side not in held
+        ]
+        if missing:
+            self.client.log_inputs(run.info.run_id, datasets=missing)
+
+    def add_files(self, run: Any, paths: Iterable[Path]) -> None:
+        """Upload files and folders under their own paths."""
+        for path in paths:
+            if path.is_dir():
+                self.client.log_artifacts(run.info.run_id, str(path), path.as_posix())
+            else:
+                self.client.log_artifact(run.info.run_id, str(path), path.parent.as_posix())
+
+    def end(self, run: Any, status: str) -> None:
+        """End a run as FINISHED or KILLED."""
+        self.client.set_terminated(run.info.run_id, status=status)
+
+
+def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    """Consecutive pieces of at most `size` items."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

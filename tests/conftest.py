@@ -1,0 +1,38 @@
+import os
+import shutil
+
+import pytest
+
+from tests import result
+
+# Products as tiny as the tests' are slower on two threads; set before torch is imported, and inherited by subprocesses.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory):
+    """An empty MLflow database; making one takes seconds, copying it nothing."""
+    from pipeline import tracking
+
+    file = tmp_path_factory.mktemp("database") / "mlflow.db"
+    with pytest.MonkeyPatch.context() as patch, tracking.problems():
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{file}")
+        tracking.load_mlflow().MlflowClient(tracking.uri()).search_experiments()
+    return file
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    return result.write(tmp_path_factory.mktemp("result"))
+
+
+@pytest.fixture
+def repository(written, database, tmp_path, monkeypatch):
+    """A repository in which every stage but publish has run, as the current folder, with an empty MLflow database."""
+    folder = tmp_path / "répository #1, it's"
+    shutil.copytree(written, folder)
+    shutil.copy(database, folder / "mlflow.db")
+    monkeypatch.chdir(folder)
+    for name in ("MLFLOW_TRACKING_URI", "DVC_EXP_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
