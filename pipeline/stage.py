@@ -15,7 +15,6 @@ a stage reads. A stage's `main` receives exactly those:
 import argparse
 import contextlib
 import importlib
-import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
