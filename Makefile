@@ -32,10 +32,12 @@ setup-dev: .venv/dev          ## the same, with the test tools
 	touch $@
 
 repro: setup                  ## run what is stale of the whole pipeline, then print what came out
+	@python -m pipeline.check
 	python -m dvc repro
 	@python -m pipeline.summary
 
 flow: setup                   ## the same stages as tasks of a Prefect flow
+	@python -m pipeline.check
 	python -m flows.pipeline
 	@python -m pipeline.summary
 

@@ -1,0 +1,54 @@
+"""What must hold before DVC starts: `make repro` and the flow ask here first.
+
+params.yaml is right as a whole, and the folder for text of your own holds nothing on which DVC would hang or die while
+it hashes the folder (it waits for ever for a pipe to be written, and stops at a broken link).
+
+    python -m pipeline.check
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from pipeline import stage
+
+
+def obstacles(folder: Path) -> list[str]:
+    """What DVC cannot hash under a folder: a line each, with the reason."""
+    found = []
+    for here, folders, names in os.walk(folder, onerror=lambda error: found.append(f"{error.filename}: no permission")):
+        for name in sorted(folders + names):
+            path = Path(here, name)
+            shown = ascii(str(path))[1:-1]
+            try:
+                name.encode("utf-8")
+                mode = path.stat().st_mode
+            except UnicodeEncodeError:
+                found.append(f"{shown}: its name is not UTF-8")
+            except OSError as problem:
+                found.append(f"{shown}: {'a link that leads nowhere' if path.is_symlink() else problem.strerror}")
+            else:
+                if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                    found.append(f"{shown}: neither a file nor a folder")
+                elif not os.access(path, os.R_OK):
+                    found.append(f"{shown}: no permission to read it")
+    return found
+
+
+def main() -> None:
+    """Check params.yaml and the source folder; say nothing when all is well."""
+    with stage.refusals("check"):
+        stage.load_params()
+        folder = stage.paths_of(stage.read_stages()["ingest"])["source"]
+        if not folder.is_dir():
+            raise stage.Refusal(f"there is no folder {folder}: make it (`mkdir -p {folder}`); it may be empty")
+        found = obstacles(folder)
+        if found:
+            listing = "\n".join(f"  {line}" for line in found)
+            raise stage.Refusal(f"DVC cannot read all of {folder}; move away or mend:\n{listing}")
+
+
+if __name__ == "__main__":
+    main()
