@@ -20,11 +20,14 @@ def anchors(page: str) -> set[str]:
 
 
 def test_code_in_the_guide_is_the_code_that_runs():
-    code = "\n".join(file.read_text(encoding="utf-8") for file in ROOT.glob("pipeline/*.py"))
+    def stripped(text: str) -> str:  # indented or not
+        return "\n".join(line.strip() for line in text.splitlines())
+
+    code = "\n".join(stripped(file.read_text(encoding="utf-8")) for file in ROOT.glob("pipeline/*.py"))
     quoted = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
     assert len(quoted) >= 8
     for block in quoted:
-        assert block in code, block
+        assert stripped(block) in code, block
 
 
 def test_every_verdict_has_its_section_with_its_rule():
