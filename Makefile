@@ -11,7 +11,7 @@ export DO_NOT_TRACK := 1
 export PREFECT_HOME := $(CURDIR)/.prefect
 PORT ?= 5000
 
-.PHONY: help setup setup-dev repro flow ui real-text pretrained check test lock
+.PHONY: help setup setup-dev repro flow ui real-text pretrained check test bench lock
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -67,12 +67,16 @@ test: setup-dev               ## every test, end-to-end ones included
 	python -m mypy
 	python -m pytest
 
+bench: setup                  ## training speed beside transformers.Trainer, in one run
+	python -m pip install --quiet --constraint requirements.lock --constraint requirements-dev.lock '.[bench]'
+	python -m bench.training
+
 lock:                         ## install the newest allowed versions in a fresh environment and pin them
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet .
 	{ echo '# The exact set that a fresh machine installs, as a pip constraints file. Made by `make lock`.'; \
 	  .venv-lock/bin/python -m pip freeze --exclude gpt2-pipeline | sed 's/+cpu$$//'; } > requirements.lock
-	.venv-lock/bin/python -m pip install --quiet --constraint requirements.lock '.[dev,pretrained]'
+	.venv-lock/bin/python -m pip install --quiet --constraint requirements.lock '.[dev,bench,pretrained]'
 	{ echo '# What the test tools and the optional extras add to requirements.lock. Made by `make lock`.'; \
 	  .venv-lock/bin/python -m pip freeze --exclude gpt2-pipeline | sed 's/+cpu$$//' | grep -vxFf requirements.lock; } > requirements-dev.lock
 	rm -rf .venv-lock
