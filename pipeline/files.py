@@ -1,8 +1,8 @@
 """Whole files or none: write beside, fsync, rename.
 
-Every output of every stage goes through this module, so that a stage killed at any moment
-leaves either the old file or the new one. The bytes are functions of the content alone:
-JSON has sorted keys and ends in one newline.
+Every output of every stage goes through this module, so that a stage killed at any moment leaves something whole or
+nothing: a file is replaced in one go, an old folder is removed just before the new one takes its name. The bytes are
+functions of the content alone: JSON has sorted keys and ends in one newline.
 """
 
 import hashlib
@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pipeline.stage import Refusal
 
 
 @contextmanager
@@ -64,14 +66,28 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read one JSON document."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read one JSON document.
+
+    Raises:
+        Refusal: the file is damaged.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as problem:
+        raise _damaged(path, problem) from None
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read one JSON object a line."""
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    """Read one JSON object a line.
+
+    Raises:
+        Refusal: the file is damaged.
+    """
+    with path.open("rb") as lines:
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as problem:
+            raise _damaged(path, problem) from None
 
 
 def sha256_of(path: Path) -> str:
@@ -83,6 +99,10 @@ def sha256_of(path: Path) -> str:
         return listing.hexdigest()
     with path.open("rb") as file_bytes:
         return hashlib.file_digest(file_bytes, "sha256").hexdigest()
+
+
+def _damaged(path: Path, problem: ValueError) -> Refusal:
+    return Refusal(f"{path} is damaged ({problem}); restore it with `dvc checkout --force`, or delete it and run again")
 
 
 def _fsync(path: Path) -> None:
