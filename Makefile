@@ -28,7 +28,7 @@ setup-dev: .venv/dev          ## the same, with the test tools
 	touch $@
 
 .venv/dev: requirements.lock requirements-dev.lock pyproject.toml | .venv/runtime
-	python -m pip install --quiet --constraint requirements.lock --constraint requirements-dev.lock '.[dev]'
+	python -m pip install --quiet --constraint requirements.lock --constraint requirements-dev.lock '.[dev,pretrained]'
 	touch $@
 
 repro: setup                  ## run what is stale of the whole pipeline, then print what came out

@@ -31,7 +31,7 @@ def loss_curve(rows: Sequence[Row], evaluation: Mapping[str, Any], diagnosis: Ma
         figure = Figure(figsize=(9, 5.5), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        axes.plot(*_columns(steps, "loss"), color=BATCH, linewidth=1, label="training batches, dropout on")
+        axes.plot(*_columns(steps, "loss"), color=BATCH, linewidth=1, label="training batches")
         axes.plot(*_columns(measured, "train_eval_loss"), color=TRAIN, marker="s", markersize=4, label="training text")
         axes.plot(
             *_columns(measured, "validation_loss"), color=VALIDATION, marker="o", markersize=5, label="validation"

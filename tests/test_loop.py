@@ -1,6 +1,7 @@
 """One step: token-exact, the same however it is cut up, refused before it does harm."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -178,3 +179,12 @@ def test_a_model_in_which_documents_see_each_other_is_refused():
     check_isolation(LlamaForCausalLM(llama), 64, HERE.device)
     with pytest.raises(Refusal, match="documents packed into one window see each other in Leaky"):
         check_isolation(Leaky(config), 64, HERE.device)
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_refused_with_numbers(tokens, tmp_path, monkeypatch):
+    trained = trainer_of(tokens).model
+    fit.check_disk(trained, tmp_path)
+    needed = 15 * 4 * fit.num_parameters(trained)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, needed - 1))
+    with pytest.raises(Refusal, match=r"will take about 0\.0 GB, but only 0\.0 GB are free"):
+        fit.check_disk(trained, tmp_path)
