@@ -73,6 +73,7 @@ def pretrained_source(model: Params) -> tuple[str, dict[str, object]]:
             f"model.revision is {model.revision!r}: pin {model.base} to a commit of 40 digits (on the Hub: "
             "the model's page, Files, History), or set model.base to a local folder"
         )
+    _reach_hub(model)
     return model.base, safe | {"revision": model.revision}
 
 
@@ -113,11 +114,29 @@ def load_pretrained(model: Params, **options: object) -> PreTrainedModel:
     return loaded
 
 
+def _reach_hub(model: Params) -> None:
+    """Say at once that the Hub cannot be reached, where `from_pretrained` would try again for a minute."""
+    from urllib.error import HTTPError, URLError
+    from urllib.request import Request, urlopen
+
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(model.base, "config.json", revision=model.revision)
+    if constants.HF_HUB_OFFLINE or isinstance(cached, str):
+        return
+    try:
+        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=10).close()
+    except HTTPError:
+        pass  # an answer, so it is there
+    except URLError as problem:
+        raise _unreachable(model, OSError(f"{constants.ENDPOINT} cannot be reached ({problem.reason})")) from None
+
+
 def _unreachable(model: Params, problem: Exception) -> Refusal:
     first_line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
     return Refusal(
-        f"model.base: {model.base} could not be loaded{offline}: {first_line} "
+        f"model.base: {model.base} could not be loaded{offline}: {first_line.rstrip('.')}. "
         "Without a network, download the model elsewhere, copy its folder here and set model.base to that folder."
     )
 
