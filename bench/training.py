@@ -69,7 +69,9 @@ def peer() -> float:
 
     place, trainer = setup()
     params = trainer.params
-    windows = [batch for step in range(NUM_WARMUP + NUM_STEPS) for batch in trainer.batches.batches_at(step)]
+    # Twice as many steps' windows as are trained: ours may hold a window fewer, and the peer must not run out of them,
+    # for its last batch would then be counted as larger than it is.
+    windows = [batch for step in range(2 * (NUM_WARMUP + NUM_STEPS)) for batch in trainer.batches.batches_at(step)]
     inputs_NT = torch.cat([batch.inputs_BT for batch in windows])
     clock: list[float] = []
 
