@@ -94,7 +94,7 @@ def main(paths: stage.Paths, model: base.Params, train: Params) -> None:
         )
         run = runs.Run(identity)
         about = {"fingerprint": identity, "numeric_class": numbers}
-        with run.locked() if place.is_first else contextlib.nullcontext():
+        with run.opened() if place.is_first else contextlib.nullcontext():
             if place.is_first:
                 follow(run.folder)
             if not run.finished:
