@@ -42,11 +42,14 @@ def corpus():  # type: ignore[no-untyped-def]
 
 def setup():  # type: ignore[no-untyped-def]
     """The trainer of this repository, with the parameters of params.yaml."""
-    from pipeline import device, fit, stage
+    from pipeline import device, stage
+    from pipeline import trainer as training
 
     sections = stage.load_params()
     with device.join_processes(sections["train"]) as place:
-        return place, fit.make_trainer(place, corpus(), np.arange(NUM_DOCUMENTS), sections["model"], sections["train"])
+        return place, training.make_trainer(
+            place, corpus(), np.arange(NUM_DOCUMENTS), sections["model"], sections["train"]
+        )
 
 
 def ours() -> float:
@@ -71,7 +74,7 @@ def peer() -> float:
     params = trainer.params
     # Twice as many steps' windows as are trained: ours may hold a window fewer, and the peer must not run out of them,
     # for its last batch would then be counted as larger than it is.
-    windows = [batch for step in range(2 * (NUM_WARMUP + NUM_STEPS)) for batch in trainer.batches.batches_at(step)]
+    windows = [batch for step in range(2 * (NUM_WARMUP + NUM_STEPS)) for batch in [trainer.batches.batch_at(step)]]
     inputs_NT = torch.cat([batch.inputs_BT for batch in windows])
     clock: list[float] = []
 

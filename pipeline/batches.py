@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,11 +32,20 @@ IGNORE = -100  # a target that does not count: torch's default ignore_index
 
 @dataclass(frozen=True)
 class Batch:
-    """Some windows; all int64."""
+    """Some windows; tensors int64."""
 
+    windows: list[int]  # the number of each within its epoch
     inputs_BT: Tensor
     targets_BT: Tensor  # IGNORE where padded
     positions_BT: Tensor
+
+    def cut(self, size: int) -> list[Batch]:
+        """Micro-batches of at most `size` windows."""
+        parts = (slice(start, start + size) for start in range(0, len(self.windows), size))
+        return [
+            Batch(self.windows[part], self.inputs_BT[part], self.targets_BT[part], self.positions_BT[part])
+            for part in parts
+        ]
 
 
 class Batches:
@@ -44,8 +54,7 @@ class Batches:
     Args:
         documents: indices of the training documents.
         max_length: T, places a window.
-        batch_size: windows a forward pass of one process, at most.
-        gradient_accumulation: a step takes up to batch_size * gradient_accumulation windows, over all processes.
+        windows_per_step: windows that a step takes, or a few fewer, over all processes.
         isolate: whether positions begin anew at each document.
         rank, world_size: this process takes every world_size-th window of a step.
     """
@@ -56,8 +65,7 @@ class Batches:
         documents: Ints,
         *,
         max_length: int,
-        batch_size: int,
-        gradient_accumulation: int,
+        windows_per_step: int,
         seed: int,
         isolate: bool,
         rank: int = 0,
@@ -66,8 +74,7 @@ class Batches:
         self.corpus = corpus
         self.documents = documents
         self.max_length = max_length
-        self.batch_size = batch_size
-        self.windows_per_step = batch_size * gradient_accumulation
+        self.windows_per_step = windows_per_step
         self.seed = seed
         self.isolate = isolate
         self.rank = rank
@@ -95,14 +102,22 @@ class Batches:
         """Predicted tokens of all steps before this one."""
         return step // self.steps_per_epoch * self.tokens_per_epoch + self.windows_at(step).start * self.max_length
 
-    def batches_at(self, step: int) -> list[Batch]:
-        """The micro-batches of this process for one step. Every process gets as many, padded where need be."""
+    def batch_at(self, step: int) -> Batch:
+        """The windows of this process for one step. Every process gets as many, padded where need be."""
         windows = self.windows_at(step)
         mine = np.asarray(windows[self.rank :: self.world_size], dtype=np.int64)
         largest_share = -(-len(windows) // self.world_size)
         mine = np.pad(mine, (0, largest_share - len(mine)), constant_values=self.num_windows)  # all padding
-        epoch = step // self.steps_per_epoch
-        return [self._batch(epoch, mine[i : i + self.batch_size]) for i in range(0, largest_share, self.batch_size)]
+        return self._batch(step // self.steps_per_epoch, mine)
+
+    def documents_at(self, step: int) -> list[int]:
+        """The documents that the windows of a step are cut from, of all processes together."""
+        order, starts = self._stream(step // self.steps_per_epoch)
+        windows = self.windows_at(step)
+        places = windows.start * self.max_length, min(windows.stop * self.max_length, self.tokens_per_epoch) - 1
+        first, last = np.searchsorted(starts, places, side="right") - 1
+        found: list[int] = order[first : last + 1].tolist()
+        return found
 
     def _batch(self, epoch: int, windows_B: Ints) -> Batch:
         order, starts = self._stream(epoch)
@@ -125,6 +140,7 @@ class Batches:
             np.where(real_BT, np.minimum(within_BT, in_window_BT), in_window_BT) if self.isolate else in_window_BT
         )
         return Batch(
+            windows=windows_B.tolist(),
             inputs_BT=torch.from_numpy(np.where(real_BT, inputs_BT, self.corpus.end_id)),
             targets_BT=torch.from_numpy(np.where(real_BT, targets_BT, IGNORE)),
             positions_BT=torch.from_numpy(positions_BT),
@@ -141,17 +157,17 @@ class Batches:
         return self._order, self._starts
 
 
-class _Steps(torch.utils.data.Dataset[list[Batch]]):
+class _Steps(torch.utils.data.Dataset[Batch]):
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
 
-    def __getitem__(self, step: int) -> list[Batch]:
-        return self.batches.batches_at(step)
+    def __getitem__(self, step: int) -> Batch:
+        return self.batches.batch_at(step)
 
 
-def load_ahead(batches: Batches, steps: range, num_workers: int) -> Iterator[list[Batch]]:
-    """The micro-batches of each step in order, prepared by `num_workers` processes ahead of use."""
-    loader: Iterator[list[Batch]] = iter(
+def load_ahead(batches: Batches, steps: range, num_workers: int) -> Iterator[Batch]:
+    """The windows of each step in order, prepared by `num_workers` processes ahead of use."""
+    loader: Iterator[Batch] = iter(
         torch.utils.data.DataLoader(
             _Steps(batches), sampler=steps, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is
         )
@@ -159,5 +175,5 @@ def load_ahead(batches: Batches, steps: range, num_workers: int) -> Iterator[lis
     return loader
 
 
-def _as_it_is(batches: list[Batch]) -> list[Batch]:
-    return batches
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from pipeline.train import Params
 
 Precision = Literal["bf16", "fp16", "none"]
-Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,24 @@ def join_processes(params: Params) -> Iterator[Place]:
         dist.destroy_process_group()
 
 
-def sum_over_processes(*values: float) -> list[float]:
-    """Each value summed over all processes, in float64; what it is where there is only one."""
-    if not dist.is_initialized():
-        return list(values)
-    total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total)
-    return [float(value) for value in total]
+def sum_over_processes(*tensors: torch.Tensor) -> None:
+    """Sum each tensor over all processes, in place."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def any_process(here: bool) -> bool:
+    """Whether it is so in any of the processes."""
+    count = torch.tensor(int(here))
+    sum_over_processes(count)
+    return bool(count)
+
+
+def wait_for_processes() -> None:
+    """Go on when every process has come this far."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def choose(name: str) -> torch.device:
@@ -103,12 +113,7 @@ def choose_precision(name: str, device: torch.device) -> Precision:
     return name  # type: ignore[return-value]
 
 
-def autocast(precision: Precision, device: torch.device) -> Autocast:
-    """A context for forward passes: matrix products in 16 bits, sums and the loss in 32."""
-    if precision == "none":
-        return contextlib.nullcontext
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-    return lambda: torch.autocast(device.type, dtype=dtype)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": torch.float32}  # that the model computes in
 
 
 def numeric_class(device: torch.device, precision: Precision, world_size: int) -> dict[str, Any]:

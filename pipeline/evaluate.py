@@ -12,7 +12,6 @@ precision training used: so two evaluations differ by their weights alone.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Mapping
@@ -165,7 +164,6 @@ def measure_sides(
             max_length=train.max_length,
             batch_size=evaluate.batch_size,
             device=place,
-            autocast=contextlib.nullcontext,
             progress=f"{label}, {side}",
         )
         for side, documents in sides.items()

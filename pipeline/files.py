@@ -25,9 +25,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     beside.unlink(missing_ok=True)
     try:
         yield beside
-        _fsync(beside)
+        fsync(beside)
         beside.replace(path)
-        _fsync(path.parent)
+        fsync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -44,11 +44,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         yield beside
         for entry in sorted(beside.rglob("*")):
-            _fsync(entry)
-        _fsync(beside)
+            fsync(entry)
+        fsync(beside)
         shutil.rmtree(path, ignore_errors=True)
         beside.replace(path)
-        _fsync(path.parent)
+        fsync(path.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -73,7 +73,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_bytes())
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise _damaged(path, problem) from None
 
 
@@ -86,7 +86,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     with path.open("rb") as lines:
         try:
             return [json.loads(line) for line in lines]
-        except ValueError as problem:
+        except (ValueError, RecursionError) as problem:
             raise _damaged(path, problem) from None
 
 
@@ -101,11 +101,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file_bytes, "sha256").hexdigest()
 
 
-def _damaged(path: Path, problem: ValueError) -> Refusal:
+def _damaged(path: Path, problem: Exception) -> Refusal:
     return Refusal(f"{path} is damaged ({problem}); restore it with `dvc checkout --force`, or delete it and run again")
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Force a file or a folder's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -8,10 +8,9 @@ D documents, P pieces.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +62,6 @@ def measure(
     max_length: int,
     batch_size: int,
     device: torch.device,
-    autocast: Callable[[], AbstractContextManager[Any]],
     progress: str | None = None,
 ) -> DocumentLosses:
     """Measure documents, each by itself, in evaluation mode.
@@ -77,7 +75,6 @@ def measure(
         documents: indices into `corpus`, int64.
         max_length: positions of the window, at most the model's.
         batch_size: pieces a forward pass; fewer where their logits would exceed MAX_LOGITS.
-        autocast: makes the context of every forward pass; `contextlib.nullcontext` computes as the weights are.
         progress: label of a progress bar, shown on terminals alone.
 
     Returns:
@@ -95,7 +92,7 @@ def measure(
         with torch.inference_mode(), bar:
             for batch in _batches(pieces, batch_size, corpus.vocabulary_size):
                 inputs_BT, targets_BT = _tensors(corpus, documents, pieces, batch)
-                nats_BT = _nats(model, inputs_BT.to(device), targets_BT.to(device), autocast)
+                nats_BT = _nats(model, inputs_BT.to(device), targets_BT.to(device))
                 for piece, nats_T in zip(batch, nats_BT, strict=True):
                     nats_D[pieces.owner[piece]] += nats_T[: pieces.length[piece]].sum()
                 bar.update(int(pieces.length[batch].sum()))
@@ -167,14 +164,12 @@ def _nats(
     model: PreTrainedModel,
     inputs_BT: torch.Tensor,
     targets_BT: torch.Tensor,
-    autocast: Callable[[], AbstractContextManager[Any]],
 ) -> Floats:
     """Cross-entropy of every target, 0 where there is padding.
 
     Attention is causal, so padding on the right changes nothing before it and needs no mask.
     """
-    with autocast():
-        logits_BTV = model(input_ids=inputs_BT, use_cache=False).logits
+    logits_BTV = model(input_ids=inputs_BT, use_cache=False).logits
     # A piece at a time: the float32 copy and the log-softmax take the memory of one piece, not of the batch.
     nats_BT = torch.stack(
         [

@@ -8,8 +8,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from pipeline.loop import Step
 
 SECONDS_BETWEEN_LINES = 15.0
 SECONDS_BETWEEN_SPEEDS = 2.0
@@ -32,8 +36,10 @@ class Progress:
         self._speed_since = (0.0, num_tokens)
         self._speed = 0.0
 
-    def advance(self, step: int, loss: float, learning_rate: float, num_tokens: int) -> None:
+    def advance(self, done: Step) -> None:
         """Show a step that was just done."""
+        step, num_tokens = done.step, done.num_tokens
+        loss = "skipped" if done.loss is None else f"loss {done.loss:.3f}"
         now = time.monotonic()
         busy_s = self._busy_s + now - self._began
         since_s, since_tokens = self._speed_since
@@ -42,15 +48,13 @@ class Progress:
             self._speed_since = (busy_s, num_tokens)
             self._timing.write(json.dumps({"step": step, "tokens_per_s": round(self._speed, 1)}) + "\n")
             self._timing.flush()
-        self._bar.set_postfix_str(
-            f"loss {loss:.3f}, lr {learning_rate:.1e}, {self._speed:,.0f} tokens/s", refresh=False
-        )
+        self._bar.set_postfix_str(f"{loss}, lr {done.learning_rate:.1e}, {self._speed:,.0f} tokens/s", refresh=False)
         self._bar.update()
         if self._lines and now - self._line_at >= SECONDS_BETWEEN_LINES:
             self._line_at = now
             left_s = busy_s / (step - self._first) * (self._num_steps - step)
             self.say(
-                f"step {step}/{self._num_steps}  loss {loss:.3f}  lr {learning_rate:.1e}  "
+                f"step {step}/{self._num_steps}  {loss}  lr {done.learning_rate:.1e}  "
                 f"{self._speed:,.0f} tokens/s  {left_s / 60:.0f} min {left_s % 60:.0f} s left"
             )
 

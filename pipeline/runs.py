@@ -1,47 +1,33 @@
-"""The folder of one training run while it is unfinished: its rows, its checkpoints.
+"""The folder of one training run while it is unfinished: its rows, its checkpoints, its models.
 
 It lies outside what DVC manages, keyed by a fingerprint of everything that decides the result, so an interrupted run
 goes on, a changed one starts clean, and a finished one has nothing left to do:
 
     .runs/<fingerprint>/train.jsonl          a row a step
-    .runs/<fingerprint>/checkpoint-00000100/ weights, optimizer, state and a manifest of SHA-256; the newest two
-    .runs/<fingerprint>/best/ last/          model folders; last/ appears when the run is finished
+    .runs/<fingerprint>/checkpoint-00000100/ best-00000050/     see pipeline/checkpoints.py
+    .runs/<fingerprint>/best/ last/          model folders of a finished run
+    .runs/<fingerprint>/finished.json        SHA-256 of the three results; written last
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
-
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typing import Any, BinaryIO
 
 from pipeline import files
+from pipeline.stage import Refusal
 
 ROOT = Path(".runs")
-MANIFEST = "manifest.json"
-NUM_KEPT = 2
 
 
 def fingerprint(content: Mapping[str, Any]) -> str:
     """SHA-256 of everything that decides the result of a run."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """All that a run needs to go on after `step` steps; data order and dropout follow from the step."""
-
-    step: int
-    tensors: dict[str, Tensor]
-    state: dict[str, Any]
 
 
 class Run:
@@ -52,7 +38,7 @@ class Run:
         self.rows_file = self.folder / "train.jsonl"
         self.best = self.folder / "best"
         self.last = self.folder / "last"
-        self._rows: TextIO | None = None
+        self._rows: BinaryIO | None = None
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -66,63 +52,52 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the run is trained to its end."""
-        return self.last.is_dir()
+        """Whether the run is trained to its end, and what it left is as it was written."""
+        marker = self.folder / "finished.json"
+        try:
+            if files.read_json(marker) == self._results():
+                return True
+        except FileNotFoundError:
+            return False
+        except (OSError, Refusal):
+            pass
+        print(f"train: the results in {self.folder} are damaged; training again", flush=True)
+        marker.unlink()
+        return False
 
-    def start_rows(self, num_bytes: int) -> None:
-        """Open the rows for appending, cut to the length that they had at the checkpoint."""
-        self._rows = self.rows_file.open("a", encoding="utf-8", newline="\n")
-        self._rows.truncate(num_bytes)
+    def finish(self) -> None:
+        """Mark the run as finished: rows, best/ and last/ are whole."""
+        files.write_json(self.folder / "finished.json", self._results())
 
-    def add_row(self, row: Mapping[str, float]) -> None:
+    def start_rows(self, head: Mapping[str, Any]) -> None:
+        """Open the rows for appending, cut to what `rows_so_far` told at the checkpoint."""
+        if self._rows is not None:
+            self._rows.close()
+        self._rows = self.rows_file.open("a+b")
+        self._rows.truncate(head["num_bytes"])
+        self._rows.seek(0)
+        self._sha256 = hashlib.sha256(self._rows.read())
+
+    def add_row(self, row: Mapping[str, Any]) -> None:
         """Append one row, whole."""
         assert self._rows is not None
-        self._rows.write(json.dumps(row, sort_keys=True, allow_nan=False) + "\n")
+        line = json.dumps(row, sort_keys=True, allow_nan=False).encode() + b"\n"
+        self._rows.write(line)
         self._rows.flush()
+        self._sha256.update(line)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """All rows so far."""
-        return files.read_jsonl(self.rows_file)
-
-    def save(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint, whole or not at all, and delete all but the newest two."""
+    def rows_so_far(self) -> dict[str, Any]:
+        """Bytes and SHA-256 of the rows."""
         assert self._rows is not None
-        os.fsync(self._rows.fileno())
-        state = checkpoint.state | {"num_row_bytes": self.rows_file.stat().st_size, "step": checkpoint.step}
-        with files.whole_folder(self.folder / f"checkpoint-{checkpoint.step:08d}") as folder:
-            save_file(
-                {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()},
-                folder / "tensors.safetensors",
-            )
-            files.write_json(folder / "state.json", state)
-            files.write_json(folder / MANIFEST, {f.name: files.sha256_of(f) for f in sorted(folder.iterdir())})
-        for old in self._checkpoints()[:-NUM_KEPT]:
-            shutil.rmtree(old)
-
-    def newest(self) -> Checkpoint | None:
-        """The newest checkpoint whose bytes are those of its manifest, or None."""
-        for folder in reversed(self._checkpoints()):
-            if _is_whole(folder):
-                state = files.read_json(folder / "state.json")
-                return Checkpoint(state["step"], load_file(folder / "tensors.safetensors"), state)
-            print(f"train: {folder} is damaged; going back to the one before", flush=True)
-        return None
+        return {"num_bytes": self._rows.tell(), "sha256": self._sha256.hexdigest()}
 
     def clean_up(self) -> None:
         """After the end: drop the resume state of this run, and other runs that are finished."""
-        for folder in self._checkpoints():
-            shutil.rmtree(folder)
+        for superfluous in [*self.folder.glob("checkpoint-*"), *self.folder.glob("best-*")]:
+            shutil.rmtree(superfluous)
         for other in ROOT.iterdir():
-            if other != self.folder and (other / "last").is_dir():
+            if other != self.folder and (other / "finished.json").is_file():
                 shutil.rmtree(other)
 
-    def _checkpoints(self) -> list[Path]:
-        return sorted(self.folder.glob("checkpoint-*"))
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        manifest = files.read_json(folder / MANIFEST)
-        return bool(manifest) and all(files.sha256_of(folder / name) == digest for name, digest in manifest.items())
-    except (OSError, ValueError):
-        return False
+    def _results(self) -> dict[str, str]:
+        return {path.name: files.sha256_of(path) for path in (self.best, self.last, self.rows_file)}

@@ -53,6 +53,9 @@ def run(name: str, main: Callable[..., None]) -> None:
     Exit codes: 0 done, 1 refused (one message on stderr), 128 + signal interrupted. A traceback
     means that the fault is ours.
     """
+    from pipeline import launcher
+
+    launcher.settle()
     module = sys.modules["__main__"]
     parser = argparse.ArgumentParser(
         prog=f"python -m pipeline.{name}",

@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import pydantic
 from pydantic import Field
@@ -52,6 +52,7 @@ class Params(stage.Params):
     max_length: int = Field(ge=2)
     batch_size: int = Field(ge=1)
     gradient_accumulation: int = Field(ge=1)
+    micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)]
     num_epochs: int = Field(ge=1)
     learning_rate: float = Field(gt=0, le=1)
     schedule: Literal["linear", "cosine"]
@@ -62,6 +63,9 @@ class Params(stage.Params):
     adam_epsilon: float = Field(gt=0, lt=1)
     max_grad_norm: float = Field(gt=0)
     dropout: float = Field(ge=0, lt=1)
+    non_finite: Literal["stop", "skip", "roll_back"]
+    max_non_finite: int = Field(ge=1)
+    roll_back_factor: float = Field(gt=0, lt=1)
     mixed_precision: Literal["auto", "bf16", "fp16", "none"]
     isolate_documents: bool
     evaluation_interval_steps: int = Field(ge=0)

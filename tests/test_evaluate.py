@@ -1,4 +1,3 @@
-import contextlib
 import json
 import math
 import os
@@ -125,7 +124,6 @@ def measure(made: Any, tokens: corpus.Corpus, documents: np.ndarray) -> Document
         max_length=TRAIN.max_length,
         batch_size=1,
         device=torch.device("cpu"),
-        autocast=contextlib.nullcontext,
     )
 
 

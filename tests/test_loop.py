@@ -9,10 +9,11 @@ import torch
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from pipeline import device, fit, model
+from pipeline import cross_entropy, device, model, writer
 from pipeline.batches import IGNORE
-from pipeline.loop import Trainer, check_isolation, learning_rate_at, make_optimizer, train_step, train_steps
+from pipeline.loop import NonFinite, learning_rate_at, train_step, train_steps
 from pipeline.stage import Refusal
+from pipeline.trainer import Trainer, capture, check_isolation, make_trainer, restore
 from tests import tiny
 
 SCRATCH = model.Params(base="scratch", revision=None)
@@ -25,7 +26,7 @@ def tokens(tmp_path_factory):
 
 
 def trainer_of(tokens, **changes) -> Trainer:
-    return fit.make_trainer(HERE, tokens, np.arange(tokens.num_documents), SCRATCH, tiny.params(**changes))
+    return make_trainer(HERE, tokens, np.arange(tokens.num_documents), SCRATCH, tiny.params(**changes))
 
 
 def weights(trainer: Trainer) -> torch.Tensor:
@@ -48,25 +49,60 @@ def test_the_loss_is_the_mean_over_all_tokens_of_the_step_ragged_last_step_inclu
     last = batches.steps_per_epoch - 1
     assert len({batches.num_tokens_at(step) for step in (0, 1, last)}) > 1  # not all steps are of one size
     for step in (0, 1, last):
-        micro_batches = batches.batches_at(step)
-        nats, num_targets = 0.0, 0
+        batch = batches.batch_at(step)
         with torch.no_grad():
-            for batch in micro_batches:
-                logits = trainer.model(
-                    input_ids=batch.inputs_BT, position_ids=batch.positions_BT, use_cache=False
-                ).logits
-                targets = batch.targets_BT.flatten()
-                nats += float(F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum"))
-                num_targets += int((targets != IGNORE).sum())
-        assert train_step(trainer, step, micro_batches).loss == pytest.approx(nats / num_targets, rel=1e-5)
+            logits = trainer.model(input_ids=batch.inputs_BT, position_ids=batch.positions_BT, use_cache=False).logits
+        targets = batch.targets_BT.flatten()
+        nats = float(F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum"))
+        num_targets = int((targets != IGNORE).sum())
+        assert train_step(trainer, step, batch).loss == pytest.approx(nats / num_targets, rel=1e-5)
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 8), (2, 4), (4, 2)])
-def test_accumulation_gives_what_one_big_batch_gives(tokens, batch_size, accumulation):
-    big = trainer_of(tokens, dropout=0.0, batch_size=8, gradient_accumulation=1)
-    cut = trainer_of(tokens, dropout=0.0, batch_size=batch_size, gradient_accumulation=accumulation)
+def test_accumulation_gives_what_one_big_batch_gives_dropout_included(tokens, batch_size, accumulation):
+    big = trainer_of(tokens, dropout=0.3, batch_size=8, gradient_accumulation=1)
+    cut = trainer_of(tokens, dropout=0.3, batch_size=batch_size, gradient_accumulation=accumulation)
     assert losses(cut) == pytest.approx(losses(big), rel=1e-4)
     assert torch.allclose(weights(cut), weights(big), atol=2e-3)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_losses(tokens, monkeypatch):
+    whole, halved = trainer_of(tokens), trainer_of(tokens)
+    expected = losses(whole)
+    inside = cross_entropy.nats
+
+    def with_little_memory(hidden, head, targets):
+        if len(targets) > 16:  # one window
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
+        return inside(hidden, head, targets)
+
+    monkeypatch.setattr(cross_entropy, "nats", with_little_memory)
+    steps = list(train_steps(halved, 0))
+    assert [step.loss for step in steps] == pytest.approx(expected, rel=1e-4)
+    assert halved.micro_batch_size == 1
+    assert [step.micro_batch_size for step in steps] == [1] + [None] * (len(steps) - 1)
+    tensors, state = capture(halved)
+    resumed = trainer_of(tokens)
+    restore(resumed, tensors, state)
+    assert resumed.micro_batch_size == 1
+
+
+def test_memory_too_small_for_one_window_is_refused(tokens, monkeypatch):
+    def without_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(cross_entropy, "nats", without_memory)
+    with pytest.raises(Refusal, match=r"out of memory at step 1 with 1 x 16 tokens a forward pass"):
+        losses(trainer_of(tokens))
+
+
+def test_another_error_is_no_lack_of_memory(tokens, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(cross_entropy, "nats", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        losses(trainer_of(tokens))
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tokens):
@@ -83,43 +119,37 @@ def test_resuming_from_a_checkpoint_gives_the_same_bytes_with_dropout(tokens):
     for step in train_steps(first_half, 0):
         if step.step == 5:
             break
-    standing = fit.Standing(best_validation_loss=1.0, best_step=3, num_evaluations_since_best=1)
-    checkpoint = fit.capture(first_half, standing, 5)
-    assert fit.restore(resumed, checkpoint) == standing
+    restore(resumed, *capture(first_half))
     assert losses(resumed, first=5) == expected[5:]
     assert torch.equal(weights(whole), weights(resumed))
 
 
-def test_dropout_acts_and_differs_between_steps_and_micro_batches(tokens):
+def test_dropout_acts_and_differs_between_steps(tokens):
     trainer = trainer_of(tokens, dropout=0.5, learning_rate=1e-12)
-    batch = trainer.batches.batches_at(0)[0]
+    batch = trainer.batches.batch_at(0)
     nothing = trainer_of(tokens, dropout=0.0, learning_rate=1e-12)
 
-    def nats(trainer, step, micro_batches):
-        return train_step(trainer, step, micro_batches).loss * trainer.batches.num_tokens_at(step)
+    def nats(trainer, step):
+        return train_step(trainer, step, batch).loss * trainer.batches.num_tokens_at(step)
 
-    alone = [nats(trainer, step, [batch]) for step in (0, 1)]
-    assert alone[0] != pytest.approx(alone[1], rel=1e-4)
-    assert nats(nothing, 0, [batch]) == pytest.approx(nats(nothing, 1, [batch]), rel=1e-5)
-    # The same micro-batch twice in one step: were the masks equal too, the loss would be exactly doubled.
-    assert nats(trainer, 0, [batch, batch]) != pytest.approx(2 * alone[0], rel=1e-4)
+    assert nats(trainer, 0) != pytest.approx(nats(trainer, 1), rel=1e-4)
+    assert nats(nothing, 0) == pytest.approx(nats(nothing, 1), rel=1e-5)
 
 
-def test_only_matrices_decay():
-    network = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=9, bos_token_id=0, eos_token_id=0))
-    decayed, free = make_optimizer(network, tiny.params()).param_groups
-    assert decayed["weight_decay"] == 0.1 and {w.ndim for w in decayed["params"]} == {2}
-    assert free["weight_decay"] == 0.0 and {w.ndim for w in free["params"]} == {1}
-    assert sum(w.numel() for w in decayed["params"] + free["params"]) == fit.num_parameters(network)
+def test_only_matrices_decay(tokens):
+    trainer = trainer_of(tokens)
+    decayed, free = trainer.optimizer.param_groups
+    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0.0
+    assert {weight.ndim for weight in trainer.masters.matrices.weights.values()} == {2}
+    assert {weight.ndim for weight in trainer.masters.vectors.weights.values()} == {1}
+    assert sum(flat.numel() for group in (decayed, free) for flat in group["params"]) == trainer.num_parameters
 
 
 def test_the_gradient_is_clipped_to_the_limit(tokens):
     trainer = trainer_of(tokens, max_grad_norm=1e-3)
     seen = []
-    trainer.optimizer.register_step_pre_hook(
-        lambda *_: seen.append(torch.cat([w.grad.flatten() for w in trainer.model.parameters()]).norm().item())
-    )
-    step = train_step(trainer, 0, trainer.batches.batches_at(0))
+    trainer.optimizer.register_step_pre_hook(lambda *_: seen.append(torch.cat(trainer.masters.gradients).norm().item()))
+    step = train_step(trainer, 0, trainer.batches.batch_at(0))
     assert step.grad_norm > 1e-2  # reported before clipping
     assert seen == [pytest.approx(1e-3, rel=1e-2)]
 
@@ -129,8 +159,8 @@ def test_a_non_finite_loss_is_refused_before_the_update(tokens):
     with torch.no_grad():
         trainer.model.transformer.ln_f.weight[0] = math.inf
     before = weights(trainer).clone()
-    with pytest.raises(Refusal, match=r"step 1: the loss is nan.*train.learning_rate"):
-        train_step(trainer, 0, trainer.batches.batches_at(0))
+    with pytest.raises(NonFinite, match=r"step 1: the loss is nan.*train.learning_rate"):
+        train_step(trainer, 0, trainer.batches.batch_at(0))
     assert torch.equal(weights(trainer), before)
 
 
@@ -154,12 +184,13 @@ def test_without_warmup_the_first_step_has_the_peak():
 def test_mixed_precision_gives_about_the_same_losses(tokens, precision):
     place = device.Place(torch.device("cpu"), precision)
     params = tiny.params(dropout=0.0)
-    mixed = fit.make_trainer(place, tokens, np.arange(tokens.num_documents), SCRATCH, params)
+    mixed = make_trainer(place, tokens, np.arange(tokens.num_documents), SCRATCH, params)
     full = trainer_of(tokens, dropout=0.0)
     found, expected = losses(mixed), losses(full)
     assert found != expected
     assert found == pytest.approx(expected, rel=0.02)
-    assert all(weight.dtype == torch.float32 for weight in mixed.model.parameters())
+    assert all(weight.dtype == torch.bfloat16 for weight in mixed.model.parameters())
+    assert all(flat.dtype == torch.float32 for flat in mixed.masters.tensors + mixed.masters.gradients)
 
 
 class Leaky(GPT2LMHeadModel):
@@ -181,10 +212,10 @@ def test_a_model_in_which_documents_see_each_other_is_refused():
         check_isolation(Leaky(config), 64, HERE.device)
 
 
-def test_a_disk_too_small_for_the_checkpoints_is_refused_with_numbers(tokens, tmp_path, monkeypatch):
-    trained = trainer_of(tokens).model
-    fit.check_disk(trained, tmp_path)
-    needed = 15 * 4 * fit.num_parameters(trained)
+def test_a_disk_too_small_for_the_checkpoints_is_refused_with_numbers(tmp_path, monkeypatch):
+    num_parameters = 1_000_000
+    writer.check_disk(num_parameters, tmp_path)
+    needed = 20 * 4 * num_parameters
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, needed - 1))
-    with pytest.raises(Refusal, match=r"will take about 0\.0 GB, but only 0\.0 GB are free"):
-        fit.check_disk(trained, tmp_path)
+    with pytest.raises(Refusal, match=r"will take about 0\.1 GB, but only 0\.1 GB are free"):
+        writer.check_disk(num_parameters, tmp_path)

@@ -115,7 +115,7 @@ def test_killed_and_run_again_it_ends_with_the_same_bytes(trained, tmp_path, sta
     weights.write_bytes(damaged)
     done = project.run("pipeline.train")
     assert done.returncode == 0, done.stderr
-    assert "is damaged; going back to the one before" in done.stdout
+    assert "is damaged (tensors.safetensors has changed); going back to the one before" in done.stdout
     assert project.hashes() == trained[0].hashes()
 
 

@@ -1,0 +1,174 @@
+"""Checkpoints: verified before anything is used, falling back to the one before, and never in training's way."""
+
+import json
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import files
+from pipeline.checkpoints import MANIFEST, STATE, TENSORS, Background, Checkpoint, Checkpoints
+from pipeline.runs import Run
+from pipeline.stage import Refusal
+
+INTERVAL = 10
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = Run("0123456789abcdef")
+    with made.opened():
+        made.start_rows({"num_bytes": 0})
+        yield made
+
+
+def save(run: Run, step: int, best: int = 0) -> Checkpoints:
+    """A row, and a checkpoint after it; a new best model too where its step is given."""
+    checkpoints = Checkpoints(run.folder, run.rows_file, INTERVAL)
+    run.add_row({"step": step})
+    if best == step:
+        files.write_json(checkpoints.best(step) / "weights", {"of": step})
+    about_best = {"step": best, "sha256": files.sha256_of(checkpoints.best(best)) if best else None}
+    tensors = {"weights": torch.full((3,), float(step))}
+    checkpoints.write(Checkpoint(step, tensors, {"rows": run.rows_so_far(), "best": about_best}))
+    return checkpoints
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*-*"))
+
+
+def test_what_was_written_is_read(run):
+    found = save(run, 10).newest()
+    assert found.step == 10 and found.state["rows"] == run.rows_so_far()
+    assert torch.equal(found.tensors["weights"], torch.full((3,), 10.0))
+    assert sorted(path.name for path in (run.folder / "checkpoint-00000010").iterdir()) == [MANIFEST, STATE, TENSORS]
+
+
+def test_none_is_none(run):
+    assert Checkpoints(run.folder, run.rows_file, INTERVAL).newest() is None
+
+
+@pytest.mark.parametrize("file", [TENSORS, STATE, MANIFEST])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "zeroed", "deleted", "empty"])
+def test_a_damaged_one_is_passed_over_with_a_word(run, file, damage, capsys):
+    save(run, 10)
+    checkpoints = save(run, 20)
+    path = run.folder / "checkpoint-00000020" / file
+    whole = path.read_bytes()
+    if damage == "deleted":
+        path.unlink()
+    else:
+        middle = len(whole) // 2
+        flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+        path.write_bytes({"flipped": flipped, "cut": whole[:middle], "zeroed": bytes(len(whole)), "empty": b""}[damage])
+    assert checkpoints.newest().step == 10
+    assert "checkpoint-00000020 is damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"../../x": "00"}', '{"/etc/passwd": "00"}', "[" * 10000])
+def test_a_manifest_that_names_other_files_is_none(run, content):
+    checkpoints = save(run, 10)
+    (run.folder / "checkpoint-00000010" / MANIFEST).write_text(content)
+    assert checkpoints.newest() is None
+
+
+def test_rows_that_changed_before_the_checkpoint_damage_it(run):
+    save(run, 10)
+    checkpoints = save(run, 20)
+    rows = run.rows_file.read_bytes()
+    run.rows_file.write_bytes(rows.replace(b'{"step": 20}', b'{"step": 21}'))
+    assert checkpoints.newest().step == 10
+    run.rows_file.write_bytes(rows + b'{"step": 30}\n')  # what came after does not matter: it is cut
+    assert checkpoints.newest().step == 20
+
+
+def test_a_best_model_that_changed_damages_the_checkpoints_that_name_it(run):
+    save(run, 10, best=10)
+    checkpoints = save(run, 20, best=20)
+    (checkpoints.best(20) / "weights").write_text("other")
+    assert checkpoints.newest().step == 10
+
+
+def test_the_newest_two_are_kept_and_the_newest_regular_one_and_the_models_they_name(run):
+    for step, best in [(10, 10), (17, 10), (20, 20), (23, 20), (27, 20)]:
+        save(run, step, best)
+    assert names(run.folder) == ["best-00000020", "checkpoint-00000020", "checkpoint-00000023", "checkpoint-00000027"]
+
+
+def test_going_back_leaves_the_regular_one_however_often_it_was_interrupted(run):
+    for step in (10, 20, 23, 27):
+        checkpoints = save(run, step)
+    checkpoints.go_back()
+    assert checkpoints.newest().step == 20
+    shutil.rmtree(run.folder / "checkpoint-00000020")
+    save(run, 23).go_back()
+    assert checkpoints.newest() is None
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_one_before(run, monkeypatch):
+    checkpoints = save(run, 10)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipeline.checkpoints.save_file", full)
+    with pytest.raises(Refusal, match=r"checkpoint-00000020 could not be written.*No space left.*goes on from there"):
+        save(run, 20)
+    assert checkpoints.newest().step == 10
+    assert names(run.folder) == ["checkpoint-00000010"]
+
+
+def test_training_goes_on_while_something_is_written():
+    background, begun, go = Background(), threading.Event(), threading.Event()
+
+    def work():
+        begun.set()
+        assert go.wait(30)
+
+    background.start(work)
+    assert begun.wait(30)  # and this thread is not held up
+    go.set()
+    background.wait()
+
+
+def test_what_failed_in_the_background_is_raised_at_the_next_occasion():
+    background = Background()
+
+    def fail():
+        raise Refusal("disk full")
+
+    background.start(fail)
+    with pytest.raises(Refusal, match="disk full"):
+        background.start(lambda: None)
+    background.wait()  # raised once
+
+
+def test_one_thing_is_written_at_a_time():
+    background, order = Background(), []
+    background.start(lambda: (time.sleep(0.05), order.append(1)))
+    background.start(lambda: order.append(2))
+    background.wait()
+    assert order == [1, 2]
+
+
+def finished(run: Run) -> None:
+    for folder in (run.best, run.last):
+        folder.mkdir()
+        (folder / "weights").write_text(json.dumps(folder.name))
+    run.add_row({"step": 1})
+    run.finish()
+
+
+def test_a_finished_run_is_finished_until_a_byte_of_it_changes(run, capsys):
+    assert not run.finished
+    finished(run)
+    assert run.finished
+    (run.best / "weights").write_text("other")
+    assert not run.finished
+    assert "are damaged; training again" in capsys.readouterr().out
+    assert not run.finished and not capsys.readouterr().out
