@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -183,6 +184,7 @@ def prepare(folder: Path) -> Reference:
 
 def run(num_tries: int, seed: int, lanes: int, only: str | None, table_file: Path | None) -> int:
     """The campaign; returns the exit code."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell, and inherited
     folder = Path(tempfile.mkdtemp(prefix="chaos-")).resolve()
     faults = [FAULTS[only]] if only else list(FAULTS.values())
     print(f"chaos: {num_tries} tries, seed {seed}, {lanes} at a time, in {folder}", flush=True)

@@ -163,7 +163,7 @@ class Reference:
             shutil.rmtree(to / "mlartifacts")
 
     def result_of(self, folder: Path, served: Path | None = None) -> Result:
-        """What a project holds: see the module's docstring. `served`: the artifacts of the server that it published to."""
+        """What a project holds (see the module's docstring); `served`: the artifacts of the server it published to."""
         found = {}
         for out in [*(out for outs in self.outs.values() for out in outs), "dvc.lock"]:
             there = (folder / out).exists()
@@ -171,10 +171,9 @@ class Reference:
         found["objects of DVC's cache that are not what their name says"] = listing(
             path.name for path in objects(folder) if files_md5(path) != path.name.removesuffix(".dir")
         )
+        beside = (path for top in ("data", "models", "reports") for path in (folder / top).rglob("*.partial"))
         found["unfinished files beside outputs"] = listing(
-            path.relative_to(folder).as_posix()
-            for top in ("data", "models", "reports")
-            for path in (folder / top).rglob("*.partial")
+            path.relative_to(folder).as_posix() for path in [*folder.glob("*.partial"), *beside]
         )
         return found | published(folder / "mlflow.db", served)
 

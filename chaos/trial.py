@@ -109,7 +109,7 @@ class Trial:
         return None
 
     def in_training(self, act: Callable[[psutil.Process, subprocess.Popen[bytes]], None]) -> bool:
-        """Run the pipeline and `act` at a moment of the trainer's life, all moments alike."""
+        """Run the pipeline and `act` at a moment of the trainer's life, all alike; whether that ended the run."""
         process = self.repro()
         trainer = self.running("pipeline.train", process)
         moment_s = self.random.uniform(0, self.reference.train_s)
@@ -120,10 +120,7 @@ class Trial:
         except psutil.TimeoutExpired:
             self.note(f"struck {moment_s:.2f} s after the trainer started")
             act(trainer, process)
-            self.end(process)
-            return True
-        self.end(process)
-        return False
+        return self.end(process).code != 0
 
     def strike(self, mode: str, module: str, within: str = "", after: str = "") -> tuple[bool, Done]:
         """Run the pipeline with the fault library at a random file operation of a module.
