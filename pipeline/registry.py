@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pipeline.tracking import Store, uri
 
 ALIAS = "challenger"
 MODEL_SHA256 = "pipeline.model_sha256"
+BESIDE = Path(".model.partial")  # one place, so what a killed publication left there is removed by the next
 REQUIREMENTS = ("mlflow", "numpy", "pandas", "safetensors", "tokenizers", "torch", "transformers")
 
 
@@ -103,11 +103,14 @@ def _logged(store: Store, run: Any, model: Model) -> str:
         source_run_id=run.info.run_id,
         tags={MODEL_SHA256: model.sha256, **model.tags},
     )
-    with tempfile.TemporaryDirectory() as beside, _environment(MLFLOW_HTTP_REQUEST_TIMEOUT="120"):
+    shutil.rmtree(BESIDE, ignore_errors=True)
+    try:
+        save(BESIDE, model, run.info.run_id, new.model_id)
         # The server was just reachable; storing a large file takes it longer than an answer does.
-        folder = Path(beside) / "model"
-        save(folder, model, run.info.run_id, new.model_id)
-        store.client.log_model_artifacts(new.model_id, str(folder))
+        with _environment(MLFLOW_HTTP_REQUEST_TIMEOUT="120"):
+            store.client.log_model_artifacts(new.model_id, str(BESIDE))
+    finally:
+        shutil.rmtree(BESIDE, ignore_errors=True)
     store.client.finalize_logged_model(new.model_id, "READY")
     return str(new.model_id)
 
