@@ -23,7 +23,7 @@ from urllib.parse import quote
 
 from flows.dag import Dag, downstream, read_dag
 from flows.process import Executor
-from pipeline import stage
+from pipeline import owner, stage
 
 if TYPE_CHECKING:
     from prefect import State
@@ -118,7 +118,7 @@ def bring_up_to_date(name: str, executor: Executor) -> State[Any]:
 
     # The interpreter of the flow, whether or not its environment is activated; and lines as they are written.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", owner.FLOW: str(os.getpid())}
     code = executor.run([sys.executable, "-m", "dvc", "repro", "--single-item", name], environment, show)
     if code != 0:
         return Failed(message=f"exit code {code}\n" + "\n".join(tail))

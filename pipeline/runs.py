@@ -1,4 +1,4 @@
-"""The folder of one training run while it is unfinished: its lock, its rows, its checkpoints.
+"""The folder of one training run while it is unfinished: its rows, its checkpoints.
 
 It lies outside what DVC manages, keyed by a fingerprint of everything that decides the result, so an interrupted run
 goes on, a changed one starts clean, and a finished one has nothing left to do:
@@ -10,7 +10,6 @@ goes on, a changed one starts clean, and a finished one has nothing left to do:
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -25,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline import files
-from pipeline.stage import Refusal
 
 ROOT = Path(".runs")
 MANIFEST = "manifest.json"
@@ -57,30 +55,14 @@ class Run:
         self._rows: TextIO | None = None
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder alone; the kernel frees the lock when the process ends, however it ends.
-
-        Raises:
-            Refusal: another process holds it.
-        """
+    def opened(self) -> Iterator[None]:
+        """Make the folder, and close the rows in the end. `pipeline/owner.py` has seen to it that it is ours alone."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                raise Refusal(
-                    f"this run is being trained by process {lock.read().strip() or '?'} already; "
-                    f"wait for it or stop it ({self.folder})"
-                ) from None
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
-            try:
-                yield
-            finally:
-                if self._rows is not None:
-                    self._rows.close()
+        try:
+            yield
+        finally:
+            if self._rows is not None:
+                self._rows.close()
 
     @property
     def finished(self) -> bool:

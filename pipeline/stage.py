@@ -48,7 +48,7 @@ class Params(pydantic.BaseModel):
 
 
 def run(name: str, main: Callable[..., None]) -> None:
-    """Run one stage: check params.yaml, resolve the paths, call `main`, translate failures.
+    """Run one stage: check params.yaml, resolve the paths, call `main` alone in the checkout, translate failures.
 
     Exit codes: 0 done, 1 refused (one message on stderr), 128 + signal interrupted. A traceback
     means that the fault is ours.
@@ -61,6 +61,8 @@ def run(name: str, main: Callable[..., None]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.parse_args()
+    from pipeline import owner  # it refuses, with the class above
+
     with refusals(name):
         stages = read_stages()
         if name not in stages:
@@ -68,7 +70,8 @@ def run(name: str, main: Callable[..., None]) -> None:
         definition = stages[name]
         sections = load_params()
         wanted = {key.split(".")[0] for key in definition.get("params", [])}
-        main(paths_of(definition), **{key: sections[key] for key in sorted(wanted)})
+        with owner.alone(name):
+            main(paths_of(definition), **{key: sections[key] for key in sorted(wanted)})
 
 
 @contextlib.contextmanager

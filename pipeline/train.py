@@ -7,7 +7,8 @@ Out: models/best (weights of the best validation loss) and models/last, both ord
     python -m pipeline.train
     torchrun --nproc-per-node 2 -m pipeline.train
 
-Interrupt it (Ctrl-C, SIGTERM) and run it again: it goes on where it was and ends with the same bytes.
+Interrupt it (Ctrl-C, SIGTERM) and run it again: it goes on where it was and ends with the same bytes. With another
+parameter, other data or other code it starts clean; with PIPELINE_RESUME=1 it refuses instead and says what differs.
 """
 
 from __future__ import annotations
@@ -81,21 +82,23 @@ class Params(stage.Params):
 
 def main(paths: stage.Paths, model: base.Params, train: Params) -> None:
     """Train, or go on training, or only copy out what is trained already."""
-    from pipeline import device, fit, runs
+    from pipeline import device, fit, resume, runs
 
     with device.join_processes(train) as place:
         numbers = device.numeric_class(place.device, place.precision, place.world_size)
-        identity = runs.fingerprint(
-            {
-                "data and code": {str(path): files.sha256_of(path) for path in stage.dependencies_of("train")},
-                "params": {"model": model.model_dump(), "train": train.model_dump()},
-                "numeric class": numbers,
-            }
-        )
+        made_of = {
+            "data and code": {str(path): files.sha256_of(path) for path in stage.dependencies_of("train")},
+            "params": {"model": model.model_dump(), "train": train.model_dump()},
+            "numeric class": numbers,
+        }
+        identity = runs.fingerprint(made_of)
         run = runs.Run(identity)
         about = {"fingerprint": identity, "numeric_class": numbers}
-        with run.locked() if place.is_first else contextlib.nullcontext():
+        if place.is_first:
+            resume.check(run, made_of)
+        with run.opened() if place.is_first else contextlib.nullcontext():
             if place.is_first:
+                resume.remember(run, made_of)
                 follow(run.folder)
             if not run.finished:
                 fit.fit(run, place, paths, model, train, about)

@@ -119,17 +119,6 @@ def test_killed_and_run_again_it_ends_with_the_same_bytes(trained, tmp_path, sta
     assert project.hashes() == trained[0].hashes()
 
 
-def test_a_second_trainer_is_refused_while_the_first_runs(tmp_path, start):
-    project = tiny.Project(tmp_path / "clone", num_epochs=3000)
-    first = start(project)
-    wait_for_rows(project, 2)
-    second = project.run("pipeline.train")
-    first.kill()
-    first.communicate()
-    assert second.returncode == 1
-    assert f"trained by process {first.pid} already" in second.stderr
-
-
 def test_other_parameters_start_clean(tmp_path, start):
     project = tiny.Project(tmp_path / "clone", num_epochs=3000)
     process = start(project)
