@@ -12,7 +12,11 @@ what MLflow holds are compared. Exit code 0: no difference, no refusal for a wro
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import platform
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -182,6 +186,14 @@ def prepare(folder: Path) -> Reference:
     return reference
 
 
+def machine() -> str:
+    """Processor and its number of cores."""
+    model = platform.machine()
+    with contextlib.suppress(OSError):
+        model = (re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8")) or [model])[0]
+    return f"{os.cpu_count()} cores, {model}"
+
+
 def run(num_tries: int, seed: int, lanes: int, only: str | None, table_file: Path | None) -> int:
     """The campaign; returns the exit code."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell, and inherited
@@ -218,7 +230,8 @@ def run(num_tries: int, seed: int, lanes: int, only: str | None, table_file: Pat
     text = table(outcomes)
     print(text)
     if table_file:
-        table_file.write_text(text + "\n", encoding="utf-8")
+        about = f"{num_tries} tries, seed {seed}, {lanes} at a time, {(time.monotonic() - began) / 60:.0f} minutes; "
+        table_file.write_text(f"{about}{time.strftime('%d %B %Y')}, {machine()}.\n\n{text}\n", encoding="utf-8")
     failed = sum(bool(outcome.problem) for outcome in outcomes)
     missed = sum(not outcome.struck and not outcome.not_here for outcome in outcomes)
     not_run = sum(bool(outcome.not_here) for outcome in outcomes)

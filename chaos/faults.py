@@ -78,6 +78,13 @@ def kill_in_write(trial: Trial, _: Server) -> bool:
     return trial.strike("kill", "pipeline.train")[0]
 
 
+@fault(weight=3)
+def kill_again_and_again(trial: Trial, _: Server) -> bool:
+    """SIGKILL inside a file operation of the trainer, and again inside one of the run that goes on, and again."""
+    trial.prepare("train")
+    return any([trial.strike("kill", "pipeline.train")[0] for _ in range(3)])
+
+
 @fault(weight=12)
 def kill_in_publish(trial: Trial, _: Server) -> bool:
     """SIGKILL inside any file operation of publishing: the database, the artifacts, the report."""
@@ -156,21 +163,23 @@ def two_at_once(trial: Trial, _: Server) -> bool:
     struck = first.poll() is None
     dones = [trial.end(trial.repro()), trial.end(first)]
     if any(done.code for done in dones):
-        trial.expect(Done(1, dones[0].text), r"(?i)busy|blocked|being trained|acquire lock|another process")
+        trial.expect(Done(1, dones[0].text), r"(?i)busy|blocked|works in this checkout|acquire lock")
     return struck
 
 
 # --- disks -----------------------------------------------------------------------------------------------------------
 
 
-def on_disk(trial: Trial, mode: str, reason: str) -> bool:
-    """Let the disk fail under a stage or under DVC; a failure must tell the reason."""
+def on_disk(trial: Trial, mode: str, reason: str | None) -> bool:
+    """Let the disk fail under a stage or under DVC; a failure must tell the reason, or must not be."""
     others = [name for name in trial.reference.stages if name not in ("train", "publish")]
     name = trial.random.choices(["train", "publish", "dvc", trial.random.choice(others)], [5, 3, 1, 3])[0]
     trial.prepare("train" if name == "dvc" else name)
     struck, done = trial.strike(mode, "dvc" if name == "dvc" else f"pipeline.{name}")
-    if done.code:
-        trial.expect(done, reason)
+    if done.code and reason is None:
+        trial.complaint = f"failed with exit code {done.code}"
+    elif done.code:
+        trial.expect(done, str(reason))
     return struck
 
 
@@ -189,7 +198,7 @@ def disk_error(trial: Trial, _: Server) -> bool:
 @fault(weight=4)
 def short_writes(trial: Trial, _: Server) -> bool:
     """Every write from one on takes only half of what it is given; nothing fails."""
-    return on_disk(trial, "short", r"\Z.")
+    return on_disk(trial, "short", None)
 
 
 # --- rot -------------------------------------------------------------------------------------------------------------

@@ -54,7 +54,11 @@ class Broken(Exception):
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
     """The environment of every command: one thread, nothing of the user's settings, nothing left elsewhere."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "DVC_", "CHAOS_"))}
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("MLFLOW_", "DVC_", "PIPELINE_", "CHAOS_"))
+    }
     temporary = folder.parent / "temporary"
     temporary.mkdir(exist_ok=True)
     return kept | {

@@ -44,6 +44,7 @@ class Trial:
     def __init__(self, reference: Reference, folder: Path, seed: str) -> None:
         self.reference = reference
         self.random = random.Random(seed)
+        self.began = time.monotonic()
         self.folder = folder
         self.project = folder / "project"
         self.served: Path | None = None  # the artifacts of the tracking server that was published to
@@ -65,7 +66,7 @@ class Trial:
     def note(self, line: str) -> None:
         """A line for who repeats the try."""
         with self.log.open("a", encoding="utf-8") as log:
-            log.write(f"### {line}\n")
+            log.write(f"### {time.monotonic() - self.began:.1f} s: {line}\n")
 
     def start(self, *command: str, umask: int = -1, **more: str) -> subprocess.Popen[bytes]:
         """Start a command in the project, in a session of its own; an empty variable is one that is not set."""
@@ -139,6 +140,7 @@ class Trial:
             raise NotHere(f"the undisturbed {module} makes no such calls")
         at = self.random.randint(first[0] + 1, len(calls))
         struck = self.folder / "struck.txt"
+        struck.unlink(missing_ok=True)
         done = self.run(
             "python", "-m", "dvc", "repro", LD_PRELOAD=str(library), CHAOS_ROOT=str(self.project), CHAOS_MODE=mode,
             CHAOS_MODULE=module, CHAOS_AT=str(at), CHAOS_LOG=str(struck), CHAOS_WITHIN=within,
