@@ -83,7 +83,7 @@ def attempt(reference: Reference, server: Server, folder: Path, fault: Fault, se
     began = time.monotonic()
     trial = Trial(reference, folder, f"{fault.name} {seed}")
     struck, recovery_s, not_here, problem = False, None, "", ""
-    found: list[str] = []
+    found: list[str] | None = None
     try:
         struck = fault.cause(trial, server)
         recovery_s = trial.recover() if trial.recovery_s is None else trial.recovery_s
@@ -104,7 +104,7 @@ def attempt(reference: Reference, server: Server, folder: Path, fault: Fault, se
     trial.clean_up(keep=bool(problem))
     return Outcome(
         fault.name, seed, struck=struck, refused=trial.refused and struck, recovered=struck and recovery_s is not None,
-        identical=struck and recovery_s is not None and not found and not problem.startswith("hung"),
+        identical=struck and recovery_s is not None and found == [],
         recovery_s=recovery_s or 0.0, not_here=not_here, problem=problem, took_s=time.monotonic() - began,
     )  # fmt: skip
 
