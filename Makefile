@@ -13,7 +13,7 @@ PORT ?= 5000
 N ?= 30
 SEED ?= 1
 
-.PHONY: help setup setup-dev repro flow ui real-text pretrained check test bench chaos lock
+.PHONY: help setup setup-dev repro flow verify ui real-text pretrained check test bench chaos lock
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -42,6 +42,9 @@ flow: setup                   ## the same stages as tasks of a Prefect flow
 	@python -m pipeline.check
 	python -m flows.pipeline
 	@python -m pipeline.summary
+
+verify: setup                 ## read again every byte that is recorded (REPAIR=1 also restores what is damaged)
+	@python -m pipeline.verify $(if $(REPAIR),--repair)
 
 ui: setup                     ## browse runs and models in MLflow, on http://127.0.0.1:5000 (PORT=... for another)
 	@case "$$MLFLOW_TRACKING_URI" in http*) echo "MLflow is at $$MLFLOW_TRACKING_URI";; \

@@ -58,6 +58,13 @@ def is_server(store_uri: str) -> bool:
     return store_uri.startswith(("http:", "https:", "databricks"))
 
 
+def reader() -> Any | None:
+    """A client that only reads; None where the database is a file that is not there, for asking would make it."""
+    if uri().startswith("sqlite:///") and not Path(unquote(uri().removeprefix("sqlite:///").split("?")[0])).exists():
+        return None
+    return load_mlflow().MlflowClient(uri(), uri())
+
+
 def artifact_location(store_uri: str) -> str | None:
     """Where a new experiment keeps its files: beside the database, or where the server decides (None)."""
     if is_server(store_uri):
