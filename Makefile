@@ -10,8 +10,10 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 export PREFECT_HOME := $(CURDIR)/.prefect
 PORT ?= 5000
+N ?= 30
+SEED ?= 1
 
-.PHONY: help setup setup-dev repro flow ui real-text pretrained check test bench lock
+.PHONY: help setup setup-dev repro flow verify ui real-text pretrained check test bench chaos lock
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -40,6 +42,9 @@ flow: setup                   ## the same stages as tasks of a Prefect flow
 	@python -m pipeline.check
 	python -m flows.pipeline
 	@python -m pipeline.summary
+
+verify: setup                 ## read again every byte that is recorded (REPAIR=1 also restores what is damaged)
+	@python -m pipeline.verify $(if $(REPAIR),--repair)
 
 ui: setup                     ## browse runs and models in MLflow, on http://127.0.0.1:5000 (PORT=... for another)
 	@case "$$MLFLOW_TRACKING_URI" in http*) echo "MLflow is at $$MLFLOW_TRACKING_URI";; \
@@ -70,6 +75,9 @@ test: setup-dev               ## every test, end-to-end ones included
 bench: setup                  ## training speed beside transformers.Trainer, in one run
 	python -m pip install --quiet --constraint requirements.lock --constraint requirements-dev.lock '.[bench]'
 	python -m bench.training
+
+chaos: setup                  ## break a tiny run N times (N=30 SEED=1) and compare every byte with an undisturbed one
+	python -m chaos --tries $(N) --seed $(SEED)
 
 lock:                         ## install the newest allowed versions in a fresh environment and pin them
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock

@@ -50,19 +50,43 @@ def ensure() -> None:
     """
     from pipeline import registry, tracking
 
-    paths = stage.paths_of(stage.read_stages()["publish"])
-    if not paths["publication.json"].exists():
-        raise stage.Refusal(f"there is no {paths['publication.json']} yet; run `dvc repro`")
-    result = files.read_json(paths["publication.json"])
+    paths, result = published()
     with tracking.problems():
         store = tracking.Store(result["experiment"])
         complete = store.published(result["publication"]) is not None
         if complete and registry.is_current(store, result["registered_model"], result["model_sha256"]):
             return
+    _check_files(paths, result)
+    project(result, paths)
+
+
+def upload_again() -> None:
+    """Replace the files of the published model in MLflow, which are damaged, by those of the pipeline.
+
+    Raises:
+        Refusal: as in `ensure`.
+    """
+    from pipeline import registry, tracking
+
+    ensure()
+    paths, result = published()
+    _check_files(paths, result)
+    with tracking.problems(), tracking.alone():
+        registry.upload_again(tracking.Store(result["experiment"]), model_of(result, paths))
+
+
+def published() -> tuple[stage.Paths, dict[str, Any]]:
+    """The paths of this stage, and the content of publication.json."""
+    paths = stage.paths_of(stage.read_stages()["publish"])
+    if not paths["publication.json"].exists():
+        raise stage.Refusal(f"there is no {paths['publication.json']} yet; run `dvc repro`")
+    return paths, files.read_json(paths["publication.json"])
+
+
+def _check_files(paths: stage.Paths, result: Mapping[str, Any]) -> None:
     params = {name: section.model_dump() for name, section in stage.load_params().items()}
     if publication.content(paths, params) != result:
         raise stage.Refusal(f"{paths['publication.json']} is not about the files beside it; run `dvc repro`")
-    project(result, paths)
 
 
 def project(result: Mapping[str, Any], paths: stage.Paths) -> str:

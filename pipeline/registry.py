@@ -16,13 +16,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
-from pipeline import serving
+from pipeline import files, serving
 from pipeline.stage import Refusal
-from pipeline.tracking import Store, uri
+from pipeline.tracking import Store, reader, uri
 
 ALIAS = "challenger"
-MODEL_SHA256 = "pipeline.model_sha256"
+MODEL_SHA256, MANIFEST_SHA256 = "pipeline.model_sha256", "pipeline.manifest_sha256"
+MANIFEST = "manifest.json"
+BESIDE = Path(".model.partial")  # one place, so what a killed publication left there is removed by the next
 REQUIREMENTS = ("mlflow", "numpy", "pandas", "safetensors", "tokenizers", "torch", "transformers")
 
 
@@ -41,8 +44,13 @@ class Model:
 
 def registered(store: Store, name: str, sha256: str) -> Any | None:
     """The newest version with these bytes, or None."""
-    found = store.client.search_model_versions(f"name = '{name}' and tags.`{MODEL_SHA256}` = '{sha256}'")
-    return max(found, key=lambda version: int(version.version), default=None)
+    return next(iter(_versions(store.client, name, sha256)), None)
+
+
+def _versions(client: Any, name: str, sha256: str) -> list[Any]:
+    """All versions with these bytes, the newest first."""
+    found = client.search_model_versions(f"name = '{name}' and tags.`{MODEL_SHA256}` = '{sha256}'")
+    return sorted(found, key=lambda version: -int(version.version))
 
 
 def is_current(store: Store, name: str, sha256: str) -> bool:
@@ -103,13 +111,59 @@ def _logged(store: Store, run: Any, model: Model) -> str:
         source_run_id=run.info.run_id,
         tags={MODEL_SHA256: model.sha256, **model.tags},
     )
-    with tempfile.TemporaryDirectory() as beside, _environment(MLFLOW_HTTP_REQUEST_TIMEOUT="120"):
-        # The server was just reachable; storing a large file takes it longer than an answer does.
-        folder = Path(beside) / "model"
-        save(folder, model, run.info.run_id, new.model_id)
-        store.client.log_model_artifacts(new.model_id, str(folder))
+    _upload(store, model, run.info.run_id, new.model_id)
     store.client.finalize_logged_model(new.model_id, "READY")
     return str(new.model_id)
+
+
+def _upload(store: Store, model: Model, run_id: str, model_id: str) -> None:
+    """Write the model's files into the store, with a manifest of their SHA-256 whose own is a tag."""
+    shutil.rmtree(BESIDE, ignore_errors=True)
+    try:
+        save(BESIDE, model, run_id, model_id)
+        written = sorted(file for file in BESIDE.rglob("*") if file.is_file())
+        manifest = {file.relative_to(BESIDE).as_posix(): files.sha256_of(file) for file in written}
+        files.write_json(BESIDE / MANIFEST, manifest)
+        digest = files.sha256_of(BESIDE / MANIFEST)
+        # The server was just reachable; storing a large file takes it longer than an answer does.
+        with _environment(MLFLOW_HTTP_REQUEST_TIMEOUT="120"):
+            store.client.log_model_artifacts(model_id, str(BESIDE))
+    finally:
+        shutil.rmtree(BESIDE, ignore_errors=True)
+    store.client.set_logged_model_tags(model_id, {MANIFEST_SHA256: digest})
+
+
+def upload_again(store: Store, model: Model) -> None:
+    """Replace the files of the registered version with these bytes: its number and its aliases stay."""
+    version = registered(store, model.registered_model, model.sha256)
+    assert version is not None
+    _upload(store, model, version.run_id, version.source.removeprefix("models:/"))
+
+
+@contextmanager
+def stored(name: str, sha256: str) -> Iterator[tuple[Path, str | None] | None]:
+    """The folder with the files of the registered version with these bytes, and the SHA-256 of its manifest.
+
+    None where there is no such version. Nothing is created. Call under `problems`; a server's files are fetched.
+    """
+    client = reader()
+    if client is None or not client.search_registered_models(f"name = '{name}'"):
+        yield None
+        return
+    found = _versions(client, name, sha256)
+    if not found or not found[0].source.startswith("models:/"):
+        yield None
+        return
+    logged = client.get_logged_model(found[0].source.removeprefix("models:/"))
+    digest = logged.tags.get(MANIFEST_SHA256)
+    if logged.artifact_location.startswith("file:"):
+        yield Path(unquote(urlsplit(logged.artifact_location).path)), digest
+        return
+    import mlflow.artifacts
+
+    with tempfile.TemporaryDirectory() as beside:
+        mlflow.artifacts.download_artifacts(artifact_uri=logged.artifact_location, dst_path=beside, tracking_uri=uri())
+        yield Path(beside), digest
 
 
 @contextmanager

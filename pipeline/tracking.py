@@ -37,7 +37,7 @@ BATCH_METRICS, BATCH_OTHERS = 1000, 100  # MLflow's limits for one log_batch
 # Forced: nothing phones home, no pickle is ever loaded. Otherwise a user's own setting wins.
 FORCED = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
 DEFAULTS = {
-    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # what it logs as an error it also raises, and `problems` says it in a sentence
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     # A dead or hanging server is given up after two tries, not after four minutes.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "8",
@@ -56,6 +56,13 @@ def uri() -> str:
 def is_server(store_uri: str) -> bool:
     """Whether a server stands between us and the store."""
     return store_uri.startswith(("http:", "https:", "databricks"))
+
+
+def reader() -> Any | None:
+    """A client that only reads; None where the database is a file that is not there, for asking would make it."""
+    if uri().startswith("sqlite:///") and not Path(unquote(uri().removeprefix("sqlite:///").split("?")[0])).exists():
+        return None
+    return load_mlflow().MlflowClient(uri(), uri())
 
 
 def artifact_location(store_uri: str) -> str | None:
@@ -132,7 +139,7 @@ def load_mlflow() -> Any:
         # A database that cannot be opened is tried ten times, for 100 s; four times take one.
         mlflow.store.db.utils.MAX_RETRY_COUNT = 4
     for name in ("mlflow", "alembic", "sqlalchemy.engine"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     return mlflow
 
 

@@ -366,6 +366,16 @@ WRITES = (
 )  # fmt: skip
 
 
+def test_what_a_killed_publication_left_on_the_disk_goes_with_the_next(repository, monkeypatch, tmp_path):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    Path(".model.partial/model").mkdir(parents=True)
+    Path(".model.partial/model/model.safetensors").write_bytes(b"half")
+    result.publish_here()
+    assert not Path(".model.partial").exists()
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
 @pytest.mark.slow
 def test_a_publication_killed_at_any_write_is_completed_by_the_next(repository, database, monkeypatch):
     client = tracking.load_mlflow().MlflowClient

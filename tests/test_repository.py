@@ -121,7 +121,7 @@ def test_every_hook_of_pre_commit_runs_a_pinned_tool():
 # --- what users and scripts find -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", ["setup", "repro", "test", "check", "flow", "ui", "bench"])
+@pytest.mark.parametrize("target", ["setup", "repro", "test", "check", "flow", "ui", "bench", "verify"])
 def test_the_makefile_has_the_targets_of_the_contract(target):
     makefile = (ROOT / "Makefile").read_text()
     assert re.search(rf"^{target}:.*## \w", makefile, re.MULTILINE), "a target, with its line for `make help`"

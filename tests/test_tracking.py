@@ -1,3 +1,4 @@
+import contextlib
 import math
 import os
 import shutil
@@ -172,3 +173,13 @@ def test_a_store_that_is_locked_is_one_sentence(store):
             store.add(run, {("loss", 1): 1.0})
         other.execute("ROLLBACK")
     other.close()
+
+
+def test_a_store_that_fails_halfway_is_one_sentence_without_a_traceback(repository, capfd):
+    with tracking.problems():
+        store = tracking.Store("x")
+    with contextlib.closing(sqlite3.connect("mlflow.db")) as database:
+        database.execute("DROP TABLE tags")
+    with pytest.raises(Refusal, match="cannot be used"), tracking.problems():
+        store.create("0" * 16)
+    assert "".join(capfd.readouterr()) == ""

@@ -1,0 +1,5 @@
+"""Run a campaign."""
+
+from chaos.campaign import main
+
+main()
