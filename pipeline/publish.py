@@ -53,7 +53,7 @@ def ensure() -> None:
     paths = stage.paths_of(stage.read_stages()["publish"])
     if not paths["publication.json"].exists():
         raise stage.Refusal(f"there is no {paths['publication.json']} yet; run `dvc repro`")
-    result = files.read_json(paths["publication.json"])
+    result = files.read_json(paths["publication.json"], "experiment", "publication", "registered_model", "model_sha256")
     with tracking.problems():
         store = tracking.Store(result["experiment"])
         complete = store.published(result["publication"]) is not None
