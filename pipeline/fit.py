@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -61,7 +60,7 @@ def fit(
         Refusal: what a user can mend, before training or at a non-finite step.
     """
     tokens = corpus.load(paths["tokens"])
-    split = {side: np.load(paths["split"] / f"{side}.npy", allow_pickle=False) for side in ("train", "validation")}
+    split = {side: corpus.read_side(paths["split"], side, tokens.num_documents) for side in ("train", "validation")}
     measured = {
         "train_eval_loss": losses.fixed_sample(tokens, split["train"], params.evaluation_documents),
         "validation_loss": losses.fixed_sample(tokens, split["validation"], params.evaluation_documents),
@@ -173,7 +172,7 @@ class Writer:
             about["stopped"] = row["stopped"]
         with files.whole_folder(folder) as beside:
             self.trainer.model.save_pretrained(beside, max_shard_size="1TB")
-            shutil.copytree(self.tokenizer_folder, beside, dirs_exist_ok=True)
+            files.copy_folder(self.tokenizer_folder, beside)
             config = files.read_json(beside / "tokenizer_config.json")
             files.write_json(
                 beside / "tokenizer_config.json",

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -102,9 +103,12 @@ class Run:
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint whose bytes are those of its manifest, or None."""
         for folder in reversed(self._checkpoints()):
-            if _is_whole(folder):
-                state = files.read_json(folder / "state.json")
-                return Checkpoint(state["step"], load_file(folder / "tensors.safetensors"), state)
+            try:
+                if _is_whole(folder):
+                    state = files.read_json(folder / "state.json", "step")
+                    return Checkpoint(state["step"], load_file(folder / "tensors.safetensors"), state)
+            except (Refusal, SafetensorError):  # whole, but nothing that we wrote
+                pass
             print(f"train: {folder} is damaged; going back to the one before", flush=True)
         return None
 
@@ -121,8 +125,10 @@ class Run:
 
 
 def _is_whole(folder: Path) -> bool:
+    """Whether the folder holds exactly the files of its manifest; a name in it is never followed out of the folder."""
     try:
         manifest = files.read_json(folder / MANIFEST)
-        return bool(manifest) and all(files.sha256_of(folder / name) == digest for name, digest in manifest.items())
+        held = {path.name: path for path in files.listing(folder) if path != folder / MANIFEST}
+        return bool(held) and manifest == {name: files.sha256_of(path) for name, path in held.items()}
     except (OSError, ValueError):
         return False
