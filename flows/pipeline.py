@@ -23,7 +23,7 @@ from urllib.parse import quote
 
 from flows.dag import Dag, downstream, read_dag
 from flows.process import Executor
-from pipeline import owner, stage
+from pipeline import check, owner, stage
 
 if TYPE_CHECKING:
     from prefect import State
@@ -52,6 +52,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     with stage.refusals("flow"):
         dag = read_dag()
+        check.refuse_obstacles()
         _reach_server()
         states = run(dag)
         print(f"flow: {_summary(states)}")

@@ -1,7 +1,8 @@
-"""What must hold before DVC starts: `make repro` and `make flow` ask here first.
+"""What must hold before DVC starts: `make repro`, `make flow` and the flow itself ask here first.
 
 params.yaml is right as a whole, and the folder for text of your own holds nothing on which DVC would hang or die while
-it hashes the folder (it waits for ever for a pipe to be written, and stops at a broken link).
+it hashes the folder (it waits for ever for a pipe to be written, and stops at a broken link). A bare `dvc repro` cannot
+ask: DVC hashes the folder before it runs anything of ours, and has no hook before that.
 
     python -m pipeline.check
 """
@@ -37,17 +38,31 @@ def obstacles(folder: Path) -> list[str]:
     return found
 
 
-def main() -> None:
-    """Check params.yaml and the source folder; say nothing when all is well."""
-    with stage.refusals("check"):
-        stage.load_params()
-        folder = stage.paths_of(stage.read_stages()["ingest"])["source"]
+def refuse_obstacles() -> None:
+    """Look through every folder that a stage reads and none writes.
+
+    Raises:
+        Refusal: one is not there, or holds what DVC cannot hash.
+    """
+    stages = stage.read_stages().values()
+    written = {path for definition in stages for path in stage.paths_of({**definition, "deps": []}).values()}
+    read = {path for definition in stages for path in stage.paths_of(definition).values()}
+    for folder in sorted(read - written):
+        if folder.suffix or any(folder.is_relative_to(output) for output in written):
+            continue  # a file, or a part of what a stage will write
         if not folder.is_dir():
             raise stage.Refusal(f"there is no folder {folder}: make it (`mkdir -p {folder}`); it may be empty")
         found = obstacles(folder)
         if found:
             listing = "\n".join(f"  {line}" for line in found)
             raise stage.Refusal(f"DVC cannot read all of {folder}; move away or mend:\n{listing}")
+
+
+def main() -> None:
+    """Check params.yaml and the source folder; say nothing when all is well."""
+    with stage.refusals("check"):
+        stage.load_params()
+        refuse_obstacles()
 
 
 if __name__ == "__main__":

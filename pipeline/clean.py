@@ -121,13 +121,19 @@ def normalise(text: str, unicode_form: Literal["NFC", "NFKC", "none"]) -> str:
 
 @functools.cache
 def _pile_of_marks() -> re.Pattern[str]:
-    marks = "".join(character for character in map(chr, range(0x110000)) if unicodedata.combining(character))
+    """Marks in a row, those among them that are characters of another kind until they are decomposed (U+FF9E)."""
+    marks = "".join(
+        character
+        for character in map(chr, range(0x110000))
+        if all(map(unicodedata.combining, unicodedata.normalize("NFKD", character)))
+    )
     return re.compile(f"[{marks}]{{{MARKS}}}")
 
 
 def examined(raw: str, params: Params) -> tuple[str, str | None]:
     """The normalised text of a document, and why it is no good by itself, or None."""
-    if len(raw) >= MARKS and not raw.isascii() and _pile_of_marks().search(raw):
+    # Without the invisible characters, as normalising leaves them out before it puts marks in order.
+    if len(raw) >= MARKS and not raw.isascii() and _pile_of_marks().search(_INVISIBLE.sub("", raw)):
         return "", "broken"
     text = normalise(raw, params.unicode_form)
     return text, fault(text, params)

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline import files
-from pipeline.stage import Refusal
+from pipeline.stage import Refusal, reason
 
 Ints = npt.NDArray[np.int64]
+
+NUMBERS = ("vocabulary_size", "start_id", "end_id")  # of tokens.json
 
 
 @dataclass(frozen=True)
@@ -52,23 +55,63 @@ def load(folder: Path) -> Corpus:
     Raises:
         Refusal: the sizes contradict each other (a truncated or foreign file).
     """
-    about = files.read_json(folder / "tokens.json")
+    about = files.read_json(folder / "tokens.json", *NUMBERS)
+    if not all(type(about[key]) is int and 0 <= about[key] < 2**32 for key in NUMBERS):
+        raise _damaged(folder / "tokens.json", f"{', '.join(NUMBERS)} are not all numbers of tokens")
     dtype = np.dtype(np.uint16 if about["vocabulary_size"] <= 2**16 else np.uint32)
-    offsets = np.load(folder / "offsets.npy", allow_pickle=False)
+    offsets = read_array(folder / "offsets.npy", np.int64)
+    if not len(offsets) or offsets[0] != 0 or (np.diff(offsets) < 0).any():
+        raise _damaged(folder / "offsets.npy", "it does not ascend from 0")
     size = (folder / "tokens.bin").stat().st_size
     if size != int(offsets[-1]) * dtype.itemsize:
-        raise Refusal(
-            f"{folder / 'tokens.bin'} has {size} bytes where offsets.npy wants {int(offsets[-1]) * dtype.itemsize}: "
-            "restore it with `dvc checkout --force`, or rebuild it with `dvc repro --force tokenize`"
+        raise _damaged(
+            folder / "tokens.bin", f"it has {size} bytes where offsets.npy wants {int(offsets[-1]) * dtype.itemsize}"
         )
     # An empty file cannot be mapped; every real corpus has tokens.
     tokens = np.memmap(folder / "tokens.bin", dtype=dtype, mode="r") if size else np.empty(0, dtype)
     return Corpus(
         tokens=tokens,
         offsets=offsets,
-        num_bytes=np.load(folder / "num_bytes.npy", allow_pickle=False),
-        hashes=np.load(folder / "hashes.npy", allow_pickle=False),
+        num_bytes=read_array(folder / "num_bytes.npy", np.int64, len(offsets) - 1),
+        hashes=read_array(folder / "hashes.npy", np.uint64, len(offsets) - 1),
         vocabulary_size=about["vocabulary_size"],
         start_id=about["start_id"],
         end_id=about["end_id"],
+    )
+
+
+def read_array(path: Path, dtype: type[np.generic], length: int | None = None) -> npt.NDArray[Any]:
+    """Read a .npy file of one dimension.
+
+    Raises:
+        Refusal: it is damaged, or holds something else.
+    """
+    try:
+        # Mapped, because a header can claim more than there is: then numpy would make room for it first.
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, EOFError, TypeError, SyntaxError, RecursionError, MemoryError, OverflowError) as problem:
+        raise _damaged(path, reason(problem)) from None
+    if array.dtype != dtype or array.ndim != 1 or length not in (None, len(array)):
+        raise _damaged(path, f"{array.dtype} of the shape {array.shape}")
+    return np.array(array)
+
+
+def read_side(folder: Path, side: str, num_documents: int) -> Ints:
+    """The documents of one side, as the split stage wrote them: ascending indices into a corpus of `num_documents`.
+
+    Raises:
+        Refusal: the file is damaged, or belongs to another corpus.
+    """
+    path = folder / f"{side}.npy"
+    chosen: Ints = read_array(path, np.int64)
+    if not len(chosen) or chosen[0] < 0 or chosen[-1] >= num_documents or (np.diff(chosen) <= 0).any():
+        raise _damaged(path, f"no ascending indices of {num_documents:,} documents")
+    return chosen
+
+
+def _damaged(path: Path, fault: str) -> Refusal:
+    stage = path.parent.name.replace("tokens", "tokenize")  # which wrote it
+    return Refusal(
+        f"{path} is damaged ({fault}): restore it with `dvc checkout --force`, "
+        f"or rebuild it with `dvc repro --force {stage}`"
     )

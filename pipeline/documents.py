@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.stage import Refusal
+from pipeline.stage import Refusal, reason
 
 ROW_GROUP_ROWS = 4096
 ROW_GROUP_CHARACTERS = 4 * 2**20  # encoding a group takes about 25 bytes a character
@@ -30,8 +30,13 @@ def read(path: Path, *columns: str) -> Iterator[tuple[list[str], ...]]:
         Refusal: the file is damaged.
     """
     with _opened(path) as file:
+        kinds = [str(file.schema_arrow.field(name).type) for name in columns]
+        if set(kinds) != {"string"}:
+            raise ValueError(f"its columns {', '.join(columns)} are of type {', '.join(kinds)}, not string")
         for index in range(file.num_row_groups):
             table = file.read_row_group(index, columns=list(columns))
+            if any(table.column(name).null_count for name in columns):
+                raise ValueError("it has empty cells")
             yield tuple(table.column(name).to_pylist() for name in columns)
 
 
@@ -71,8 +76,8 @@ def _opened(path: Path) -> Iterator[Any]:
     with path.open("rb") as source:
         try:
             yield pyarrow.parquet.ParquetFile(source, page_checksum_verification=True)
-        except (pyarrow.ArrowException, OSError, KeyError) as problem:
+        except Exception as problem:  # pyarrow passes on whatever a damaged byte makes it raise
             raise Refusal(
-                f"{path} is damaged ({str(problem).splitlines()[0]}): restore it with "
+                f"{path} is damaged ({reason(problem)}): restore it with "
                 f"`dvc checkout --force {path.parent}`, or delete it and run `dvc repro` again"
             ) from None

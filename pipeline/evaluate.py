@@ -218,8 +218,8 @@ def main(paths: stage.Paths, evaluate: Params, model: ModelParams, train: TrainP
 
     device.make_deterministic()
     tokens = corpus.load(paths["tokens"])
-    train_documents = np.load(paths["split"] / "train.npy", allow_pickle=False)
-    held_out = {side: np.load(paths["split"] / f"{side}.npy", allow_pickle=False) for side in HELD_OUT}
+    train_documents = corpus.read_side(paths["split"], "train", tokens.num_documents)
+    held_out = {side: corpus.read_side(paths["split"], side, tokens.num_documents) for side in HELD_OUT}
     followed = losses.fixed_sample(tokens, train_documents, train.evaluation_documents)
 
     def measure(loaded: PreTrainedModel, sides: Mapping[str, Ints], label: str) -> dict[str, DocumentLosses]:

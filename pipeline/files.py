@@ -8,13 +8,19 @@ functions of the content alone: JSON has sorted keys and ends in one newline.
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pipeline.stage import Refusal
+
+MAX_JSON_BYTES = 2**22  # of a file, or of a line of one: parsing can take thirty times as much
+# Where a link may lead, besides into its own folder: into stores that name a file by its content, DVC's and the Hub's.
+STORES = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}|/blobs/[0-9a-f]{40,64}")
 
 
 @contextmanager
@@ -65,44 +71,88 @@ def write_text(path: Path, text: str) -> None:
         beside.write_bytes(text.encode("utf-8"))
 
 
-def read_json(path: Path) -> Any:
-    """Read one JSON document.
+def read_json(path: Path, *keys: str) -> Any:
+    """Read one JSON document; with keys, an object that has them.
 
     Raises:
-        Refusal: the file is damaged.
+        Refusal: the file is damaged, or far too large.
     """
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as problem:
-        raise _damaged(path, problem) from None
+    with _regular(path).open("rb") as file:
+        return _parsed(path, file.read(MAX_JSON_BYTES + 1), keys)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read one JSON object a line.
 
     Raises:
-        Refusal: the file is damaged.
+        Refusal: the file is damaged, or a line is far too large.
     """
-    with path.open("rb") as lines:
-        try:
-            return [json.loads(line) for line in lines]
-        except (ValueError, RecursionError) as problem:
-            raise _damaged(path, problem) from None
+    with _regular(path).open("rb") as file:
+        return [_parsed(path, line, ()) for line in iter(lambda: file.readline(MAX_JSON_BYTES + 1), b"")]
+
+
+def _parsed(path: Path, text: bytes, keys: tuple[str, ...]) -> Any:
+    try:
+        if len(text) > MAX_JSON_BYTES:
+            raise ValueError(f"more than {MAX_JSON_BYTES:,} bytes")
+        content = json.loads(text)
+        missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+        if missing:
+            raise ValueError(f"no object with the key {missing[0]!r}")
+    except (ValueError, RecursionError) as problem:
+        raise Refusal(
+            f"{path} is damaged ({problem}); restore it with `dvc checkout --force`, or delete it and run again"
+        ) from None
+    return content
+
+
+def listing(folder: Path) -> list[Path]:
+    """Every file under a folder, sorted, the ones that links stand for among them.
+
+    Raises:
+        Refusal: there is something else, or a link that leads out of the folder; reading or copying the folder would
+            follow it.
+    """
+    found = []
+    for here, folders, names in os.walk(folder, onerror=_raise):
+        linked = [name for name in folders if Path(here, name).is_symlink()]
+        for path in (Path(here, name) for name in names + linked):
+            aim = path.resolve()
+            inside = not path.is_symlink() or aim.is_relative_to(folder.resolve()) or STORES.search(str(aim))
+            if not inside or not stat.S_ISREG(path.stat().st_mode):
+                raise Refusal(f"{path} is a link that leads elsewhere, or no file: remove it, or put a copy there")
+            found.append(path)
+    return sorted(found)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy the files of `listing`, not their links, times or modes."""
+    for file in listing(source):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, or of a folder's relative names and file hashes in sorted order."""
     if path.is_dir():
-        listing = hashlib.sha256()
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            listing.update(f"{file.relative_to(path).as_posix()}\0{sha256_of(file)}\n".encode())
-        return listing.hexdigest()
-    with path.open("rb") as file_bytes:
+        hashes = hashlib.sha256()
+        for file in listing(path):
+            hashes.update(f"{file.relative_to(path).as_posix()}\0{sha256_of(file)}\n".encode())
+        return hashes.hexdigest()
+    with _regular(path).open("rb") as file_bytes:
         return hashlib.file_digest(file_bytes, "sha256").hexdigest()
 
 
-def _damaged(path: Path, problem: Exception) -> Refusal:
-    return Refusal(f"{path} is damaged ({problem}); restore it with `dvc checkout --force`, or delete it and run again")
+def _regular(path: Path) -> Path:
+    """The path, if reading it can come to an end: it is no pipe and no device."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise Refusal(f"{path} is no file: remove it, restore it with `dvc checkout --force`, or run again")
+    return path
+
+
+def _raise(problem: OSError) -> NoReturn:
+    raise problem
 
 
 def fsync(path: Path) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from pipeline import corpus, device, losses, model, stage
@@ -58,7 +57,7 @@ def fit(
         Refusal: what a user can mend, before training or at a non-finite step.
     """
     tokens = corpus.load(paths["tokens"])
-    split = {side: np.load(paths["split"] / f"{side}.npy", allow_pickle=False) for side in ("train", "validation")}
+    split = {side: corpus.read_side(paths["split"], side, tokens.num_documents) for side in ("train", "validation")}
     measured = {
         "train_eval_loss": losses.fixed_sample(tokens, split["train"], params.evaluation_documents),
         "validation_loss": losses.fixed_sample(tokens, split["validation"], params.evaluation_documents),

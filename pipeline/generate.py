@@ -9,6 +9,7 @@ Letters of array names: R rows of a batch, S sampled ones among them, T tokens, 
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pipeline.model import load_trained
+from pipeline import foreign
+from pipeline.model import damaged, load_trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,11 +35,18 @@ if TYPE_CHECKING:
 
 
 def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A trained model in float32 on the CPU, and its tokenizer."""
+    """A trained model in float32 on the CPU, and its tokenizer.
+
+    Raises:
+        Refusal: one of them is damaged.
+    """
     model = load_trained(folder)
     # A pretrained model may bring its own idea of sampling; params.yaml decides alone.
     model.generation_config = GenerationConfig()
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with foreign.loading(partial(damaged, folder)):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        _ = tokenizer.all_special_ids  # a token that is not in the vocabulary shows only here
+    return model.eval(), tokenizer
 
 
 def continuations(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pipeline.records import Record, Tally, listed
-from pipeline.stage import Refusal
+from pipeline.stage import Refusal, reason
 
 if TYPE_CHECKING:
     from pipeline.ingest import Params
@@ -37,14 +37,13 @@ def records(dataset: str, ingest: Params, tally: Tally) -> Iterator[Record]:
             content = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else b""
             tally.bytes_in += len(content)
             too_long = len(content) > ingest.max_document_bytes
-            reason = "no_text" if not isinstance(text, str) else "too_long" if too_long else ""
-            yield Record(number, len(content), content, reason)
+            dropped = "no_text" if not isinstance(text, str) else "too_long" if too_long else ""
+            yield Record(number, len(content), content, dropped)
     except Refusal:
         raise
     except Exception as problem:  # `datasets` passes on whatever its many formats and transports raise
-        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0].rstrip(".")
         offline = " (HF_HUB_OFFLINE is set)" if datasets.config.HF_HUB_OFFLINE else ""
         raise Refusal(
-            f"hf:{dataset} at revision {ingest.hf_revision} could not be read{offline}: {reason}; without a network, "
-            "put its files (.parquet, .jsonl, .csv) into data/source and set ingest.source to files"
+            f"hf:{dataset} at revision {ingest.hf_revision} could not be read{offline}: {reason(problem)}; "
+            "without a network, put its files (.parquet, .jsonl, .csv) into data/source and set ingest.source to files"
         ) from None

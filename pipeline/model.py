@@ -2,20 +2,22 @@
 
 `model.base` is `scratch`, a folder, or a Hub id. Pretrained weights are always pinned by
 `model.revision`, so that DVC sees every change of them in params.yaml: by the commit of a Hub id, by
-the SHA-256 of a folder. Remote code and pickled weights are never loaded.
+the SHA-256 of a folder. Remote code and pickled weights are never loaded, and a folder is looked through
+(pipeline/foreign.py) before anything of it is.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pydantic
 
-from pipeline import files, stage
-from pipeline.stage import Refusal
+from pipeline import files, foreign, stage
+from pipeline.stage import Refusal, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -59,6 +61,7 @@ def pretrained_source(model: Params) -> tuple[str, dict[str, object]]:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise Refusal(f"model.base: {folder} has no config.json, so it is no model folder")
+        foreign.check(folder)
         found = files.sha256_of(folder)
         if model.revision != found:
             raise Refusal(
@@ -86,10 +89,9 @@ def load_tokenizer(model: Params) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     name, options = pretrained_source(model)
-    try:
+    with foreign.loading(partial(_unreachable, model)):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, use_fast=True, **options)
-    except (OSError, ValueError) as problem:
-        raise _unreachable(model, problem) from None
+        _ = tokenizer.all_special_ids  # a token that is not in the vocabulary shows only here
     if not tokenizer.is_fast:
         raise Refusal(f"model.base: {model.base} has no fast tokenizer (tokenizer.json); choose another model")
     return tokenizer
@@ -102,15 +104,15 @@ def load_pretrained(model: Params, **options: object) -> PreTrainedModel:
         Refusal: the base cannot be reached or is no causal language model.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     name, safe = pretrained_source(model)
-    try:
+    with foreign.loading(partial(_unreachable, model)):
+        if Path(name).is_dir():
+            foreign.check_size(AutoConfig.from_pretrained(name, **safe), Path(name))
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, use_safetensors=True, **safe, **options
         )
-    except (OSError, ValueError) as problem:
-        raise _unreachable(model, problem) from None
     return loaded
 
 
@@ -132,11 +134,14 @@ def _reach_hub(model: Params) -> None:
         raise _unreachable(model, OSError(f"{constants.ENDPOINT} cannot be reached ({problem.reason})")) from None
 
 
-def _unreachable(model: Params, problem: Exception) -> Refusal:
-    first_line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+def _unreachable(model: Params, problem: BaseException) -> Refusal:
+    if Path(model.base).is_dir():
+        return Refusal(
+            f"model.base: {model.base} could not be loaded: {reason(problem)}; mend it, or take another model"
+        )
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
     return Refusal(
-        f"model.base: {model.base} could not be loaded{offline}: {first_line.rstrip('.')}. "
+        f"model.base: {model.base} could not be loaded{offline}: {reason(problem)}. "
         "Without a network, download the model elsewhere, copy its folder here and set model.base to that folder."
     )
 
@@ -166,10 +171,8 @@ def initial_model(model: Params, train: TrainParams, corpus: Corpus) -> PreTrain
             )
         )
     name, options = pretrained_source(model)
-    try:
+    with foreign.loading(partial(_unreachable, model)):
         config = AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError) as problem:
-        raise _unreachable(model, problem) from None
     for key in DROPOUTS & set(config.to_dict()):
         setattr(config, key, train.dropout)
     positions = num_positions(config)
@@ -189,12 +192,25 @@ def num_positions(config: PreTrainedConfig) -> int:
 
 
 def load_trained(folder: Path) -> PreTrainedModel:
-    """A model that the train stage wrote, in float32 on the CPU."""
+    """A model that the train stage wrote, in float32 on the CPU.
+
+    Raises:
+        Refusal: the folder is damaged, or somebody else wrote it.
+    """
     import torch
-    from transformers import AutoModelForCausalLM, logging
+    from transformers import AutoConfig, AutoModelForCausalLM, logging
 
     logging.disable_progress_bar()  # one for reading a file of a second
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False
-    )
+    foreign.check(folder)
+    safe = {"local_files_only": True, "trust_remote_code": False}
+    with foreign.loading(partial(damaged, folder)):
+        foreign.check_size(AutoConfig.from_pretrained(folder, **safe), folder)
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, **safe
+        )
     return loaded
+
+
+def damaged(folder: Path, problem: BaseException) -> Refusal:
+    """What to say of a trained model that cannot be loaded."""
+    return Refusal(f"{folder} is damaged ({reason(problem)}); restore it with `dvc checkout --force {folder}`")

@@ -73,8 +73,6 @@ def replay(folder: Path) -> list[str]:
     Raises:
         Refusal: the folder is damaged, or data or parameters have changed since.
     """
-    import numpy as np
-
     from pipeline import checkpoints, corpus, device, loop
     from pipeline.trainer import make_trainer, restore
 
@@ -87,8 +85,9 @@ def replay(folder: Path) -> list[str]:
         raise Refusal(f"{folder} is damaged: {problem}") from None
     sections, paths = stage.load_params(), stage.paths_of(stage.read_stages()["train"])
     with device.join_processes(sections["train"]) as place:
-        documents = np.load(paths["split"] / "train.npy", allow_pickle=False)
-        trainer = make_trainer(place, corpus.load(paths["tokens"]), documents, sections["model"], sections["train"])
+        tokens = corpus.load(paths["tokens"])
+        documents = corpus.read_side(paths["split"], "train", tokens.num_documents)
+        trainer = make_trainer(place, tokens, documents, sections["model"], sections["train"])
         batch = trainer.batches.batch_at(seen["step"])
         if batch.inputs_BT.tolist() != seen["tokens"]:
             raise Refusal(

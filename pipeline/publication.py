@@ -17,8 +17,8 @@ NO_REPORTS = {"best", "tokens", "split", "publication.json"}
 
 def content(paths: stage.Paths, params: Mapping[str, Any]) -> dict[str, Any]:
     """What is published: the content of publication.json, a function of the files and of params.yaml."""
-    training = files.read_json(paths["best"] / "training.json")
-    evaluation = files.read_json(paths["evaluation.json"])
+    training = files.read_json(paths["best"] / "training.json", "fingerprint", "step")
+    evaluation = files.read_json(paths["evaluation.json"], "validation", "test")
     found = {
         "datasets": datasets(paths),
         "experiment": params["publish"]["experiment"],
@@ -29,7 +29,7 @@ def content(paths: stage.Paths, params: Mapping[str, Any]) -> dict[str, Any]:
         "registered_model": params["publish"]["registered_model"],
         "reports": {path.as_posix(): files.sha256_of(path) for path in reports(paths)},
         "step": training["step"],
-        "verdict": files.read_json(paths["diagnostics.json"])["verdict"],
+        "verdict": files.read_json(paths["diagnostics.json"], "verdict")["verdict"],
     }
     text = json.dumps(found, sort_keys=True, ensure_ascii=False)
     return {"publication": hashlib.sha256(text.encode()).hexdigest(), **found}
@@ -43,7 +43,7 @@ def reports(paths: stage.Paths) -> list[Path]:
 def model_sha256(folder: Path) -> str:
     """SHA-256 of what a model does: all files but training.json, which tells how it came about."""
     listing = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "training.json"):
+    for file in (path for path in files.listing(folder) if path.name != "training.json"):
         listing.update(f"{file.relative_to(folder).as_posix()}\0{files.sha256_of(file)}\n".encode())
     return listing.hexdigest()
 
@@ -61,13 +61,11 @@ def flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def datasets(paths: stage.Paths) -> dict[str, dict[str, Any]]:
     """Each side's documents: how many, and a digest of their texts' hashes and of the tokenizer."""
-    import numpy as np
-
     tokens = corpus.load(paths["tokens"])
     tokenizer = files.sha256_of(paths["tokens"] / "tokenizer")
     found: dict[str, dict[str, Any]] = {}
     for side in SIDES:
-        documents = np.load(paths["split"] / f"{side}.npy", allow_pickle=False)
+        documents = corpus.read_side(paths["split"], side, tokens.num_documents)
         digest = hashlib.sha256(tokenizer.encode() + tokens.hashes[documents].astype("<u8").tobytes()).hexdigest()
         found[side] = {
             "digest": digest[:32],  # MLflow takes 36 characters

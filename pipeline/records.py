@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.stage import Refusal
+from pipeline.stage import Refusal, plain
 
 if TYPE_CHECKING:
     from pipeline.ingest import Params
 
 NUM_NAMES_SHOWN = 20  # in the report and in messages
+NUM_CHARACTERS_SHOWN = 80  # of each
 REASONS = {
     "bad_csv": "a CSV row with more or fewer columns than the header, or with text after a closing quote",
     "bad_json": "a line that is not JSON",
@@ -76,10 +77,11 @@ class Tally:
     def skip_file(self, name: str, reason: str) -> None:
         self.files_skipped.setdefault(reason, []).append(name)
 
-    def drop(self, reason: str, place: str, num_bytes: int) -> None:
+    def drop(self, reason: str, name: str, record: Record) -> None:
         self.documents_dropped[reason] += 1
-        self.bytes_dropped[reason] += num_bytes
-        self.first_dropped.setdefault(reason, place)
+        self.bytes_dropped[reason] += record.size
+        if reason not in self.first_dropped:
+            self.first_dropped[reason] = f"{name}:{record.number}"
 
     def keep(self, text: str, num_bytes: int) -> None:
         self.documents_kept += 1
@@ -120,6 +122,9 @@ def documents(
     first_fault = ""
     for record in records:
         tally.documents_in += 1
+        if not record.dropped and (not record.content or record.content.isspace()):  # quickly: there can be millions
+            tally.drop("blank", name, record)
+            continue
         place = f"{name}:{record.number}"
         try:
             text = _text(record, text_of, ingest.invalid_utf8, tally)
@@ -128,7 +133,7 @@ def documents(
                 raise Refusal(
                     f"{place}: {why.detail}; convert it to UTF-8, or set ingest.invalid_utf8 to replace or drop"
                 ) from None
-            tally.drop(why.reason, place, record.size)
+            tally.drop(why.reason, name, record)
             num_unusable += why.reason in UNUSABLE
             num_others += why.reason not in (*UNUSABLE, "blank")
             if why.reason in UNUSABLE:
@@ -150,7 +155,7 @@ def _text(record: Record, text_of: Callable[[str], str], policy: str, tally: Tal
     if record.dropped:
         raise Dropped(record.dropped)
     line, replaced = _decoded(record.content, "utf-8", policy)
-    if not line or line.isspace():
+    if line.isspace():  # of the Unicode kind
         raise Dropped("blank")
     text = text_of(line)
     if not text or text.isspace():
@@ -178,6 +183,7 @@ def _decoded(content: bytes, encoding: str, policy: str) -> tuple[str, bool]:
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first names, separated by commas."""
-    shown = list(names)
-    return ", ".join(shown[:NUM_NAMES_SHOWN]) + (", ..." if len(shown) > NUM_NAMES_SHOWN else "")
+    """The first names, separated by commas, each as it is unless that would spoil a line or a terminal."""
+    found = list(names)
+    shown = [plain(name[:NUM_CHARACTERS_SHOWN]) for name in found[:NUM_NAMES_SHOWN]]
+    return ", ".join(shown) + (", ..." if len(found) > NUM_NAMES_SHOWN else "")

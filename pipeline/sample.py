@@ -56,7 +56,7 @@ def main(paths: stage.Paths, sample: Params) -> None:
     from pipeline import generate
 
     tokens = corpus.load(paths["tokens"])
-    train_documents = np.load(paths["split"] / "train.npy", allow_pickle=False)
+    train_documents = corpus.read_side(paths["split"], "train", tokens.num_documents)
     model, tokenizer = generate.load(paths["best"])
     rows = samples(model, tokenizer, tokens, train_documents, sample)
     lines = [json.dumps(row, sort_keys=True, ensure_ascii=False, allow_nan=False) for row in rows]

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
+from pipeline import parquet
 from pipeline.records import FORMAT, Dropped, Record, Tally, documents, listed
 from pipeline.stage import Refusal
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 KINDS = ("txt", "jsonl", "csv", "parquet")
 README = "README.md"  # explains the folder; no data
 CHUNK_BYTES = 2**18
-PARQUET_BATCH_ROWS = 64
 # Where records end. U+2028, U+2029, NEL, vertical tab and form feed are characters of a text and end nothing.
 LINE = re.compile(rb"\r\n|\r|\n")
 CSV_ROW = re.compile(rb"\r\n|\r|\n|,|\"")
@@ -60,11 +60,11 @@ def find_files(folder: Path, tally: Tally) -> list[Path]:
             raise Refusal(f"cannot list {here} ({problem.strerror}): chmod u+rx it, or move it away") from None
     found = []
     for path in sorted(entries, key=lambda path: os.fsencode(path.relative_to(folder).as_posix())):
-        reason = _why_skipped(path)
-        if not reason:
+        why = _why_skipped(path)
+        if not why:
             found.append(path)
         elif path != folder / README:
-            tally.skip_file(name_of(path, folder), reason)
+            tally.skip_file(name_of(path, folder), why)
     return found
 
 
@@ -118,7 +118,8 @@ def read_file(path: Path, name: str, ingest: Params, tally: Tally, scratch: Path
     except (EOFError, zlib.error, gzip.BadGzipFile) as problem:
         raise Refusal(f"{path} is damaged or no gzip file ({problem}): fetch it again, or compress it again") from None
     except OSError as problem:
-        raise Refusal(f"cannot read {path} ({problem.strerror or problem}): chmod u+r it, or move it away") from None
+        remedy = f"make room in {scratch}" if problem.errno == errno.ENOSPC else "chmod u+r it"
+        raise Refusal(f"cannot read {path} ({problem.strerror or problem}): {remedy}, or move it away") from None
 
 
 def records_of(
@@ -126,7 +127,7 @@ def records_of(
 ) -> tuple[Iterator[Record], Callable[[str], str]]:
     """The records of an open file, and the function from what a record holds to its text."""
     if kind == "parquet":
-        return parquet_records(file, name, ingest, tally), str
+        return parquet.records(file, name, ingest, tally), str
     parts = chunks(file, name, tally)
     if kind == "csv":
         rows = split(parts, CSV_ROW, name, ingest.max_document_bytes)
@@ -255,35 +256,3 @@ def csv_column(header: Record, name: str, column: str) -> Callable[[str], str]:
         return fields[index]
 
     return text_of
-
-
-def parquet_records(file: IO[bytes], name: str, ingest: Params, tally: Tally) -> Iterator[Record]:
-    """The text column of a parquet file, a few rows at a time.
-
-    Raises:
-        Refusal: damaged, or no text in a column of that name.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    column, number = ingest.text_column, 0
-    try:
-        # With a buffer, and not read ahead, a column comes by the page; else by the row group, however large.
-        reader = pq.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK_BYTES)
-        types = [(field.name, str(field.type)) for field in reader.schema_arrow]
-        if [kind in ("string", "large_string", "string_view") for field, kind in types if field == column] != [True]:
-            found = listed(f"{field} ({kind})" for field, kind in types)
-            raise Refusal(
-                f"{name}: not one column {column!r} (ingest.text_column) of type string; its columns: {found}"
-            )
-        for batch in reader.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[column], use_threads=False):
-            for value in batch.column(0):
-                number += 1
-                content = value.as_buffer() if value.is_valid else b""  # parquet does not promise UTF-8
-                tally.bytes_in += len(content)
-                fits = len(content) <= ingest.max_document_bytes
-                reason = "no_text" if not value.is_valid else "" if fits else "too_long"
-                yield Record(number, len(content), bytes(content) if fits else b"", reason)
-    except (pa.ArrowException, OSError) as problem:
-        reason = str(problem).splitlines()[0].rstrip(".")
-        raise Refusal(f"{name} is damaged or no parquet file ({reason}): fetch it again, or write it again") from None

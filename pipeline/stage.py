@@ -15,6 +15,7 @@ a stage reads. A stage's `main` receives exactly those:
 import argparse
 import contextlib
 import importlib
+import io
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,9 +23,14 @@ from typing import Any, NoReturn
 
 import pydantic
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent, ScalarEvent
 
 Paths = Mapping[str, Path]
+
+NUM_FAULTS_SHOWN = 20
+MAX_YAML_BYTES = 2**18  # of a file, and of what it is once every alias stands for a copy; ours has seven thousand
+MAX_YAML_DEPTH = 100
 
 
 class Refusal(ValueError):
@@ -45,6 +51,13 @@ class Params(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(
         frozen=True, strict=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=False
     )
+
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _fits_64_bits(cls, value: object) -> object:
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError("should have at most 18 digits")
+        return value
 
 
 def run(name: str, main: Callable[..., None]) -> None:
@@ -80,6 +93,8 @@ def run(name: str, main: Callable[..., None]) -> None:
 @contextlib.contextmanager
 def refusals(name: str) -> Any:
     """Turn what a user can cause into one message and an exit code; leave our mistakes alone."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter is no failure
     try:
         yield
     except (Refusal, OSError) as problem:
@@ -94,8 +109,19 @@ def refusals(name: str) -> Any:
 
 def fail(message: str) -> NoReturn:
     """End the process with one message and exit code 1."""
-    print(message, file=sys.stderr)
+    print("\n".join(map(plain, message.split("\n"))), file=sys.stderr)
     sys.exit(1)
+
+
+def plain(line: str) -> str:
+    """A line, perhaps with a name in it that somebody else chose, that no terminal takes for a command."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+
+
+def reason(problem: object) -> str:
+    """What an exception of somebody else's says, as part of a sentence: one short line."""
+    lines = str(problem).strip().splitlines() or [type(problem).__name__]
+    return plain(lines[0][:200]).rstrip(".:")
 
 
 def read_stages(file: Path = Path("dvc.yaml")) -> dict[str, dict[str, Any]]:
@@ -142,7 +168,7 @@ def load_params(file: Path = Path("params.yaml")) -> dict[str, Any]:
     raw = _read_yaml(file)
     known = sections()
     faults = [f"{key}: missing section" for key in known if key not in raw]
-    faults += [f"{key}: unknown section; known: {', '.join(known)}" for key in raw if key not in known]
+    faults += [f"{_name(key)}: unknown section; known: {', '.join(known)}" for key in raw if key not in known]
     checked: dict[str, Any] = {}
     for key in known:
         if key in raw:
@@ -152,7 +178,9 @@ def load_params(file: Path = Path("params.yaml")) -> dict[str, Any]:
                 faults += [_fault(key, error) for error in problem.errors()]
     if faults:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise Refusal(f"{file} has {count}, nothing was run:\n" + "\n".join(f"  {f}" for f in faults))
+        rest = ["..."] if len(faults) > NUM_FAULTS_SHOWN else []
+        listing = "\n".join(f"  {fault}" for fault in faults[:NUM_FAULTS_SHOWN] + rest)
+        raise Refusal(f"{file} has {count}, nothing was run:\n{listing}")
     return checked
 
 
@@ -169,15 +197,17 @@ def params_class(section: str) -> type[Params]:
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
+    if not file.is_file() or file.stat().st_size > MAX_YAML_BYTES:  # a pipe or /dev/zero would never end
+        raise Refusal(f"{file} is no file of at most {MAX_YAML_BYTES:,} bytes; restore it with `git checkout {file}`")
     try:
+        text = file.read_text(encoding="utf-8")
+        _refuse_expansion(text)
         # YAML 1.2, as DVC reads it: 3e-4 is a number and `no` is a word.
-        content = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
-    except MarkedYAMLError as problem:
-        mark = problem.problem_mark or problem.context_mark
-        what = problem.problem or problem.context
-        raise Refusal(f"{file} is not valid YAML: line {mark.line + 1}, column {mark.column + 1}: {what}") from None
-    except (YAMLError, ValueError, RecursionError) as problem:  # bytes that are no UTF-8, an impossible date, ...
-        raise Refusal(f"{file} is not valid YAML: {problem}") from None
+        content = YAML(typ="safe", pure=True).load(text)
+    except OSError:
+        raise
+    except Exception as problem:  # of a hundred kinds: bytes that are no UTF-8, an impossible date, `!!bool x`, ...
+        raise Refusal(f"{file} is not valid YAML: {_yaml_reason(problem)}") from None
     if content is None:
         raise Refusal(f"{file} is empty; restore it with `git checkout {file}`")
     if not isinstance(content, dict):
@@ -185,9 +215,47 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return content
 
 
+def _refuse_expansion(text: str) -> None:
+    """Refuse aliases that stand for much more than the file holds: `<<` and messages would write all of it out.
+
+    Raises:
+        ValueError: too much, too deep, or an alias inside what it names.
+    """
+    sizes: dict[str, int] = {}  # of every anchor's node, its aliases written out
+    open_nodes: list[tuple[str | None, int]] = [(None, 0)]  # anchor, and size before the node
+    size = 0
+    for event in YAML(typ="safe", pure=True).parse(text):
+        if isinstance(event, AliasEvent):
+            if any(event.anchor == anchor for anchor, _ in open_nodes):
+                raise ValueError(f"*{event.anchor} is inside what it names")
+            size += sizes.get(event.anchor, 0)
+        elif isinstance(event, CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            sizes |= {anchor: size - before} if anchor else {}
+        elif isinstance(event, NodeEvent):
+            before, size = size, size + 1 + (len(event.value) if isinstance(event, ScalarEvent) else 0)
+            if isinstance(event, CollectionStartEvent):
+                open_nodes.append((event.anchor, before))
+                if len(open_nodes) > MAX_YAML_DEPTH:
+                    raise ValueError("it is nested too deeply")
+            elif event.anchor:
+                sizes[event.anchor] = size - before
+        if size > MAX_YAML_BYTES:
+            raise ValueError("its aliases (*name) stand for too much")
+
+
+def _yaml_reason(problem: Exception) -> str:
+    """What is wrong with the YAML, and where."""
+    if not isinstance(problem, MarkedYAMLError):
+        return reason(problem)
+    mark = problem.problem_mark or problem.context_mark
+    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return place + reason(problem.problem or problem.context)
+
+
 def _fault(section: str, error: Any) -> str:
     """One line for one fault: the key, the value, what would be right."""
-    key = ".".join([section, *(str(part) for part in error["loc"])])
+    key = ".".join([section, *(_name(part) for part in error["loc"])])
     value = _shown(error["input"])
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
     if error["type"] == "missing":
@@ -205,5 +273,13 @@ def _fault(section: str, error: Any) -> str:
 
 def _shown(value: object) -> str:
     """A value as part of a sentence."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        text = "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _name(key: object) -> str:
+    """A key as part of a sentence: as it is written, unless that would spoil the line."""
+    return key if isinstance(key, str) and key.isprintable() and len(key) <= 80 else _shown(key)

@@ -60,8 +60,8 @@ def main() -> None:
         if missing:
             raise stage.Refusal(f"there is no {missing[0]} yet; run `dvc repro`")
         shown = lines(
-            files.read_json(paths["evaluation.json"]),
-            files.read_json(paths["diagnostics.json"]),
+            files.read_json(paths["evaluation.json"], *SIDES),
+            files.read_json(paths["diagnostics.json"], "verdict", "advice", "guide"),
             files.read_jsonl(paths["samples.jsonl"]),
             f"{paths['best'].as_posix()}/",
             shutil.get_terminal_size((110, 24)).columns,

@@ -23,7 +23,7 @@ import numpy as np
 import pydantic
 from tqdm import tqdm
 
-from pipeline import bpe, documents, files, stage
+from pipeline import bpe, documents, files, foreign, stage
 from pipeline.model import Params as ModelParams
 from pipeline.model import load_tokenizer
 from pipeline.split import TRAIN, side_of
@@ -103,8 +103,9 @@ def encoded(
     # What a tokenizer writes for characters that it does not know is no control token, unless it ends documents too.
     control -= {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
     for texts, sha256s in batches:
-        ids = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-        decoded = backend.decode_batch(ids, skip_special_tokens=False)
+        with foreign.loading(_cannot_encode):
+            ids = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+            decoded = backend.decode_batch(ids, skip_special_tokens=False)
         for text, sha256, tokens, back in zip(texts, sha256s, ids, decoded, strict=True):
             tally.documents_in += 1
             if not tokens:
@@ -118,6 +119,12 @@ def encoded(
                 tally.num_tokens += len(tokens)
                 tally.num_bytes += document.num_bytes
                 yield document
+
+
+def _cannot_encode(problem: BaseException) -> stage.Refusal:
+    return stage.Refusal(
+        f"the tokenizer of model.base fails at this text ({stage.reason(problem)}); take another model"
+    )
 
 
 def write_arrays(folder: Path, rows: Iterable[Encoded], vocabulary_size: int) -> None:

@@ -115,7 +115,7 @@ def copy_out(run: Run, paths: stage.Paths) -> None:
     """Copy a finished run to where DVC expects it; the run's own copy stays until another run has finished."""
     for name, trained in (("best", run.best), ("last", run.last)):
         with files.whole_folder(paths[name]) as folder:
-            shutil.copytree(trained, folder, dirs_exist_ok=True)
+            files.copy_folder(trained, folder)
     with files.whole_file(paths["train.jsonl"]) as rows:
         shutil.copyfile(run.rows_file, rows)
     run.clean_up()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,14 +35,13 @@ class Writer:
         self.run, self.tokens_folder, self.params, self.about = run, tokens_folder, params, about
         self.checkpoints = Checkpoints(run.folder, run.rows_file, params.checkpoint_interval_steps)
         self.background = Background()
-        self.progress: Progress | None = None
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, *_problem: object) -> None:
-        if self.progress:
-            self.progress.close()
+        self._open.close()
 
     def start(self, trainer: Trainer, checkpoint: Checkpoint | None) -> None:
         """Refuse what cannot end well, cut the rows to the checkpoint, say what is about to happen."""
@@ -51,6 +51,7 @@ class Writer:
         self.run.start_rows(checkpoint.state["rows"] if checkpoint else {"num_bytes": 0})
         self.best: dict[str, Any] = checkpoint.state["best"] if checkpoint else {"step": 0, "sha256": None}
         self.progress = Progress(self.run.folder, first, trainer.num_steps, batches.num_tokens_before(first))
+        self._open.callback(self.progress.close)
         if checkpoint:
             self.say(f"going on after step {first} of {trainer.num_steps} ({self.run.folder})")
         self.say(
@@ -101,12 +102,12 @@ class Writer:
     def finish(self, row: dict[str, Any], stopped: str) -> None:
         """Write best/ and last/ and mark the run as finished."""
         self.background.wait()
-        self.progress.close()
+        self._open.close()
         if stopped == "early_stopping":
             print(f"train: stopped early, {self.params.early_stopping_patience} evaluations without a new best")
         self.write_model(self.run.last, capture(self.trainer)[0], row | {"stopped": stopped})
         with files.whole_folder(self.run.best) as beside:
-            shutil.copytree(self.checkpoints.best(self.best["step"]), beside, dirs_exist_ok=True)
+            files.copy_folder(self.checkpoints.best(self.best["step"]), beside)
         self.run.finish()
 
     def write_model(self, folder: Path, tensors: dict[str, Tensor], row: dict[str, Any]) -> None:
@@ -115,7 +116,7 @@ class Writer:
         with files.whole_folder(folder) as beside:
             weights = self.trainer.masters.state_dict(trained, tensors)
             trained.save_pretrained(beside, state_dict=weights, max_shard_size="1TB")
-            shutil.copytree(self.tokens_folder / "tokenizer", beside, dirs_exist_ok=True)
+            files.copy_folder(self.tokens_folder / "tokenizer", beside)
             change_json(beside / "config.json", dtype="float32")  # of the weights there, not of the model in training
             change_json(beside / "tokenizer_config.json", model_max_length=model.num_positions(trained.config))
             keys = ("num_tokens", "step", "validation_loss", "stopped")
@@ -131,7 +132,7 @@ class Writer:
 
     def roll_back(self, why: str) -> None:
         """Leave the newest regular checkpoint as the newest."""
-        self.progress.close()
+        self._open.close()
         self.checkpoints.go_back()
         self.say(f"{why}\ngoing back to the last regular checkpoint, at a lower learning rate")
 

@@ -265,7 +265,7 @@ def test_what_is_wrong_in_mlflow_or_beside_the_outputs_is_a_difference(small, tm
 def test_a_point_that_is_there_twice_is_a_difference(tmp_path):
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
         database.executescript(TABLES)
-        database.execute("INSERT INTO runs VALUES ('r', 'FINISHED', '', 'active')")
+        database.execute("INSERT INTO runs VALUES ('r', 'FINISHED', ?, 'active')", (str(tmp_path / "none"),))
         database.execute("INSERT INTO metrics VALUES ('r', 'loss', 1, 0.5)")
         database.commit()
         once = published(tmp_path / "mlflow.db")

@@ -2,8 +2,14 @@
 
 import os
 import socket
+import subprocess
+import sys
 
-from pipeline.check import obstacles
+import pytest
+
+from pipeline.check import obstacles, refuse_obstacles
+from pipeline.stage import Refusal
+from tests.closure import ROOT
 
 
 def test_an_ordinary_folder_has_no_obstacles(tmp_path):
@@ -29,3 +35,30 @@ def test_what_dvc_would_hang_or_die_on_is_named_with_its_reason(tmp_path, monkey
         "pipe.txt": "neither a file nor a folder",
         "socket.txt": "neither a file nor a folder",
     }
+
+
+def test_every_folder_that_a_stage_reads_and_none_writes_is_looked_through(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    definitions = "a: {cmd: x, deps: [mine, code.py, a.txt], outs: [made]}, b: {cmd: x, deps: [made, made/part]}"
+    (tmp_path / "dvc.yaml").write_text(f"stages: {{{definitions}}}")
+    with pytest.raises(Refusal, match="there is no folder mine: make it"):
+        refuse_obstacles()
+    (tmp_path / "mine").mkdir()
+    refuse_obstacles()
+    os.mkfifo("mine/pipe.txt")
+    with pytest.raises(Refusal, match=r"cannot read all of mine; move away or mend:\n  mine/pipe.txt: neither a file"):
+        refuse_obstacles()
+
+
+def test_the_flow_asks_before_it_starts_anything(tmp_path):
+    (tmp_path / "source").mkdir()
+    os.mkfifo(tmp_path / "source" / "pipe.txt")
+    (tmp_path / "dvc.yaml").write_text("stages: {a: {cmd: x, deps: [source], outs: [made]}}")
+    command = [sys.executable, "-m", "flows.pipeline"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path / "prefect")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "flow: DVC cannot read all of source; move away or mend:\n  source/pipe.txt: neither a file nor a folder\n"
+    )
+    assert not (tmp_path / "prefect").exists()
