@@ -1,0 +1,225 @@
+"""What the promises cost, measured: checkpoints beside training, deterministic algorithms, going on, stopping.
+
+    python -m bench.promises [--rounds N]
+
+With the model and the batch of params.yaml, on random documents:
+
+- checkpoints: blocks of steps with and without one saved in them, in turns; the share is that of a checkpoint at
+  train.checkpoint_interval_steps.
+- deterministic algorithms: blocks of steps with and without them, in turns.
+- going on: from the end of the imports to the end of the first step after a checkpoint at step 10, and at step
+  1,000,000 with as many rows.
+- SIGTERM: from the signal to the exit of a training process, and the longest step that it had done before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+NUM_BLOCK_STEPS = 20
+
+
+def make_project(folder: Path, **changes: Any) -> Any:
+    """A project with the training parameters of params.yaml."""
+    from pipeline import stage
+    from tests import tiny
+
+    params = stage.load_params()["train"].model_dump() | {"evaluation_interval_steps": 0, "num_epochs": 100_000}
+    return tiny.Project(folder, num_documents=6000, **(params | changes))
+
+
+def in_turns(trainer: Any, num_rounds: int, before: tuple[Callable[[int], None], Callable[[int], None]]) -> list[float]:
+    """Median seconds of a block of steps, for each of two ways to begin a block, in turns."""
+    from pipeline.loop import train_step
+
+    step, seconds = 0, ([], [])  # type: tuple[int, tuple[list[float], list[float]]]
+    for number in range(2 * num_rounds + 1):
+        began = time.perf_counter()
+        before[number % 2](step)
+        for _ in range(NUM_BLOCK_STEPS):
+            train_step(trainer, step, trainer.batches.batch_at(step))
+            step += 1
+        if number:  # the first one warms up
+            seconds[number % 2].append(time.perf_counter() - began)
+    return [statistics.median(each) for each in seconds]
+
+
+def costs(num_rounds: int) -> None:
+    """Checkpoints and deterministic algorithms."""
+    import torch
+
+    from pipeline import device, fit, runs, stage
+    from pipeline.corpus import load, read_side
+    from pipeline.model import Params
+    from pipeline.trainer import make_trainer
+    from pipeline.writer import Writer
+
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "project"
+        make_project(folder)
+        os.chdir(folder)
+        params = stage.load_params()["train"]
+        place = stack.enter_context(device.join_processes(params))
+        tokens = load(Path("data/tokens"))
+        documents = read_side(Path("data/split"), "train", tokens.num_documents)
+        trainer = make_trainer(place, tokens, documents, Params(base="scratch", revision=None), params)
+        run = runs.Run("0" * 16)
+        stack.enter_context(run.opened())
+        writer = Writer(run, Path("data/tokens"), params, {})
+        stack.enter_context(writer)
+        writer.start(trainer, None)
+
+        def save(step: int) -> None:
+            writer.save({"step": step}, fit.Standing(), best=False, checkpoint=True)
+
+        without, with_one = in_turns(trainer, num_rounds, (lambda _: None, save))
+        writer.background.wait()
+        interval = params.checkpoint_interval_steps
+        share = (with_one - without) / (without / NUM_BLOCK_STEPS * interval)
+        print(f"checkpoints: {with_one - without:+.3f} s each, {share:+.2%} of training at one every {interval} steps")
+
+        free, exact = in_turns(
+            trainer,
+            num_rounds,
+            (lambda _: torch.use_deterministic_algorithms(False), lambda _: torch.use_deterministic_algorithms(True)),
+        )
+        print(f"deterministic algorithms: {exact / free - 1:+.2%} ({exact / NUM_BLOCK_STEPS:.3f} s a step)")
+        os.chdir("/")
+
+
+def resume(folder: Path) -> None:
+    """Go on from the newest checkpoint in the folder, as `train` does, and print when the first step is done."""
+    import numpy  # noqa: F401  # what training imports, so that the clock starts after it
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
+    from pipeline import device, fit, runs, stage, writer
+    from pipeline.model import Params
+
+    os.chdir(folder)
+    params = stage.load_params()["train"]
+    paths = stage.paths_of(stage.read_stages()["train"])
+    began = time.perf_counter()
+
+    def first_row(self: Any, *_: object) -> None:
+        print(time.perf_counter() - began)
+        os._exit(0)
+
+    writer.Writer.add_row = first_row  # type: ignore[method-assign]
+    run = runs.Run("0" * 16)
+    with device.join_processes(params) as place, run.opened():
+        fit.fit(run, place, paths, Params(base="scratch", revision=None), params, {})
+
+
+def going_on(step: int) -> None:
+    """Make a checkpoint at that step, with as many rows, and time a process that goes on from it."""
+    from pipeline import device, fit, runs, stage
+    from pipeline.corpus import load, read_side
+    from pipeline.model import Params
+    from pipeline.trainer import make_trainer
+    from pipeline.writer import Writer
+
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        folder = Path(temporary) / "project"
+        make_project(folder)
+        os.chdir(folder)
+        params = stage.load_params()["train"]
+        place = stack.enter_context(device.join_processes(params))
+        tokens = load(Path("data/tokens"))
+        documents = read_side(Path("data/split"), "train", tokens.num_documents)
+        trainer = make_trainer(place, tokens, documents, Params(base="scratch", revision=None), params)
+        run = runs.Run("0" * 16)
+        stack.enter_context(run.opened())
+        writer = stack.enter_context(written(Writer(run, Path("data/tokens"), params, {})))
+        writer.start(trainer, None)
+        row = {"step": step, "epoch": 0.123456789, "loss": 1.23456789, "learning_rate": 0.001, "grad_norm": 0.987654321,
+               "num_tokens": 123456789}  # fmt: skip
+        for _ in range(step):
+            run.add_row(row)
+        writer.save(row, fit.Standing(), best=False, checkpoint=True)
+        writer.background.wait()
+        num_bytes = run.rows_file.stat().st_size
+        os.chdir("/")
+        command = [sys.executable, "-m", "bench.promises", "--resume", str(folder)]
+        done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
+        print(f"first step after step {step:,} ({num_bytes:,} bytes of rows): {float(done.stdout.split()[-1]):.2f} s")
+
+
+class written(ExitStack):  # noqa: N801
+    """A writer as a context that yields it."""
+
+    def __init__(self, writer: Any) -> None:
+        super().__init__()
+        self.writer = writer
+
+    def __enter__(self) -> Any:
+        self.enter_context(self.writer)
+        return self.writer
+
+
+def stopping() -> None:
+    """SIGTERM to a training process in the middle of a step."""
+    with tempfile.TemporaryDirectory() as temporary:
+        project = make_project(Path(temporary) / "project")
+        process = project.start("pipeline.train")
+        times: list[float] = []
+        num_rows = 0
+        while len(times) < 8:
+            time.sleep(0.005)
+            for rows in project.folder.glob(".runs/*/train.jsonl"):
+                seen = rows.read_bytes().count(b"\n")
+                if seen > num_rows:
+                    num_rows = seen
+                    times.append(time.perf_counter())
+        longest_s = max(after - before for before, after in itertools.pairwise(times))
+        began = time.perf_counter()
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+        took_s = time.perf_counter() - began
+        state = max(project.folder.glob(".runs/*/checkpoint-*/state.json"))
+        assert process.returncode == 128 + signal.SIGTERM and json.loads(state.read_text())["step"] >= num_rows - 1
+        print(f"SIGTERM to exit: {took_s:.2f} s (the longest of the steps before: {longest_s:.2f} s), resumable")
+
+
+def main() -> None:
+    """Measure everything, each in a process of its own."""
+    parser = argparse.ArgumentParser(prog="python -m bench.promises", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--one", choices=["costs", "early", "late", "stopping"])
+    parser.add_argument("--resume", type=Path)
+    arguments = parser.parse_args()
+    if arguments.resume:
+        resume(arguments.resume)
+    elif arguments.one:
+        from pipeline import launcher
+
+        launcher.settle()
+        {
+            "costs": lambda: costs(arguments.rounds),
+            "early": lambda: going_on(10),
+            "late": lambda: going_on(1_000_000),
+            "stopping": stopping,
+        }[arguments.one]()
+    else:
+        for one in ("costs", "early", "late", "stopping"):
+            command = [sys.executable, "-m", "bench.promises", "--one", one, "--rounds", str(arguments.rounds)]
+            subprocess.run(command, cwd=Path(__file__).parent.parent, check=True)
+
+
+if __name__ == "__main__":
+    main()
