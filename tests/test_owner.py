@@ -145,24 +145,43 @@ def test_an_owner_touches_its_lock(start):
     assert owner.LOCK.stat().st_mtime_ns > before_ns
 
 
-def test_neither_a_forked_worker_nor_a_started_process_keeps_the_lock_of_a_killed_owner(start):
-    code = (
-        HOLD + "import os, subprocess, sys, time\n"
-        "    child = subprocess.Popen(['sleep', '60'], start_new_session=True)\n"
-        "    worker = os.fork()\n"
-        "    if worker: print('held', child.pid, worker, flush=True)\n"
-        "    time.sleep(60)"
-    )
-    first = start(*python(code))
-    _, child, worker = first.stdout.readline().split()
-    first.kill()
-    try:
-        began_s = time.monotonic()
-        holding(start(*python(WAIT)))
-        assert time.monotonic() - began_s < 5
-        assert gone_after_s([psutil.Process(int(worker))] if psutil.pid_exists(int(worker)) else []) < 1
-    finally:
-        os.kill(int(child), signal.SIGKILL)
+FAMILY = (
+    HOLD + "import os, subprocess, time\n"
+    "    child = subprocess.Popen(['sleep', '60'], start_new_session=True)\n"
+    "    worker = os.fork()\n"
+    "    if worker: print('held', child.pid, worker, flush=True)\n"
+    "    time.sleep(60)"
+)
+
+
+@pytest.fixture
+def family(start):
+    """Starts a job with a child, in a session of its own as the follower is, and a fork, as of a data loader."""
+    born = []
+
+    def begin(before=""):
+        job = start(*python(before + FAMILY))
+        _, *pids = job.stdout.readline().split()
+        born.extend(psutil.Process(int(pid)) for pid in pids)
+        return job, *born
+
+    yield begin
+    for process in born:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def test_neither_a_forked_worker_nor_a_started_process_keeps_the_lock_of_a_killed_owner(start, family):
+    job, child, worker = family("from pipeline import owner; owner._watch_in_forks = lambda: None\n")  # it lives on
+    job.kill()
+    holding(start(*python(WAIT)))
+    assert child.is_running() and worker.is_running()
+
+
+def test_a_forked_worker_ends_with_its_owner(family):
+    job, _, worker = family()
+    job.kill()
+    assert gone_after_s([worker]) < 1
 
 
 # --- the parent ----------------------------------------------------------------------------------------------------
@@ -185,6 +204,13 @@ def test_started_by_hand_it_ends_with_its_parent(start, blocked):
     job += "os.set_blocking(2, True)\n" if blocked else ""
     parent = start(*python(PARENT.format(command=list(python(job + WAIT)))))
     below = wait_for_children(parent, 1)
+    parent.kill()
+    assert gone_after_s(below) < 1
+
+
+def test_what_it_started_ends_with_it(start):
+    parent = start(*python(PARENT.format(command=list(python(FAMILY)))))
+    below = wait_for_children(parent, 3)
     parent.kill()
     assert gone_after_s(below) < 1
 

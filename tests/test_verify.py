@@ -214,6 +214,8 @@ def test_a_lock_that_holds_two_states_is_said_to(here):
     assert found(here) == [
         "dvc.lock: use: was made from another state of out/one.txt than make left; run `dvc repro`",
     ]
+    lock.write_text(make + "  use:" + use.replace(recorded.digest_of(Path("shared.txt"), "md5"), "f" * 32))
+    assert found(here) == ["dvc.lock: use: was made from another state of shared.txt than make; run `dvc repro`"]
     lock.write_text((make + "  use:" + use).replace("path: out/two.txt", "path: out/tvo.txt"))
     assert found(here) == ["dvc.lock: use: names out/tvo.txt, which dvc.yaml does not; run `dvc repro`"]
 
