@@ -1,9 +1,12 @@
 """Whatever lies in the source folder, the user hears of it in one message before DVC starts."""
 
+import fcntl
 import os
 import socket
 
-from pipeline.check import obstacles
+import pytest
+
+from pipeline.check import mend_lock, obstacles
 
 
 def test_an_ordinary_folder_has_no_obstacles(tmp_path):
@@ -29,3 +32,21 @@ def test_what_dvc_would_hang_or_die_on_is_named_with_its_reason(tmp_path, monkey
         "pipe.txt": "neither a file nor a folder",
         "socket.txt": "neither a file nor a folder",
     }
+
+
+@pytest.mark.parametrize("half", ["", '{"read": {"data/tokens": [{"pi'])
+def test_a_list_of_locks_that_a_killed_dvc_cut_off_is_removed(tmp_path, half, capsys):
+    lock = tmp_path / "rwlock"
+    mend_lock(lock)  # none there
+    lock.write_text('{"read": {}, "write": {}}')
+    mend_lock(lock)
+    assert lock.exists()
+    lock.write_text(half)
+    with (tmp_path / "rwlock.lock").open("a") as beside:
+        fcntl.flock(beside, fcntl.LOCK_EX)  # a DVC that is just writing it
+        mend_lock(lock)
+        assert lock.exists()
+    assert capsys.readouterr().out == ""
+    mend_lock(lock)
+    assert not lock.exists()
+    assert "rwlock" in capsys.readouterr().out
