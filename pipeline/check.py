@@ -1,8 +1,8 @@
 """What must hold before DVC starts: `make repro` and `make flow` ask here first.
 
 params.yaml is right as a whole, and the folder for text of your own holds nothing on which DVC would hang or die while
-it hashes the folder (it waits for ever for a pipe to be written, and stops at a broken link). What a killed DVC left half
-written in its own notes is removed: every later DVC would refuse to start because of it.
+it hashes the folder (it waits for ever for a pipe to be written, and stops at a broken link). What a killed DVC left
+half written in its own notes is removed: every later DVC would refuse to start because of it.
 
     python -m pipeline.check
 """
