@@ -163,7 +163,10 @@ class Trial:
     # --- the way back --------------------------------------------------------------------------------------------
 
     def recover(self) -> float | None:
-        """Do what a user does, run it again; return how long that took, or None if it never went well."""
+        """Do what a user does, run it again (as `make repro` does, with its check before); return how long that took.
+
+        None if it never went well.
+        """
         began = time.monotonic()
         for _ in range(MOST_ATTEMPTS):
             done = self.run("python", "-m", "dvc", "repro")
@@ -172,6 +175,8 @@ class Trial:
             if re.search(r"dvc\.lock.*(corrupted|invalid|not valid)|(corrupted|invalid).*dvc\.lock", done.text, re.S):
                 self.run("git", "checkout", "--", "dvc.lock")  # what DVC's message leaves to do
             time.sleep(1)
+            if (self.project / "pipeline" / "check.py").exists():
+                self.run("python", "-m", "pipeline.check")
         return None
 
     def compare(self) -> list[str]:

@@ -52,6 +52,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     with stage.refusals("flow"):
         dag = read_dag()
+        check.mend_lock()
         check.refuse_obstacles()
         _reach_server()
         states = run(dag)

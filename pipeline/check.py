@@ -1,14 +1,17 @@
 """What must hold before DVC starts: `make repro`, `make flow` and the flow itself ask here first.
 
 params.yaml is right as a whole, and the folder for text of your own holds nothing on which DVC would hang or die while
-it hashes the folder (it waits for ever for a pipe to be written, and stops at a broken link). A bare `dvc repro` cannot
-ask: DVC hashes the folder before it runs anything of ours, and has no hook before that.
+it hashes the folder (it waits for ever for a pipe to be written, and stops at a broken link). What a killed DVC left
+half written in its own notes is removed: every later DVC would refuse to start because of it. A bare `dvc repro` cannot
+ask: DVC has no hook before it hashes the folder.
 
     python -m pipeline.check
 """
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import stat
 from pathlib import Path
@@ -38,6 +41,24 @@ def obstacles(folder: Path) -> list[str]:
     return found
 
 
+def mend_lock(lock: Path = Path(".dvc/tmp/rwlock")) -> None:
+    """Remove DVC's list of who reads and writes what, if it is no JSON: it is written in place, and a kill cuts it off.
+
+    A DVC at work holds the file beside it while it reads and writes the list, so then the list is left alone.
+    """
+    if not lock.exists():
+        return
+    with lock.with_name(f"{lock.name}.lock").open("a") as beside:
+        try:
+            fcntl.flock(beside, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            json.loads(lock.read_bytes())
+        except (BlockingIOError, FileNotFoundError):
+            return
+        except ValueError:
+            lock.unlink()
+            print(f"check: removed {lock}, which a killed DVC left half written")
+
+
 def refuse_obstacles() -> None:
     """Look through every folder that a stage reads and none writes.
 
@@ -59,8 +80,9 @@ def refuse_obstacles() -> None:
 
 
 def main() -> None:
-    """Check params.yaml and the source folder; say nothing when all is well."""
+    """Check params.yaml and the source folder, mend DVC's notes; say nothing when all is well."""
     with stage.refusals("check"):
+        mend_lock()
         stage.load_params()
         refuse_obstacles()
 

@@ -1,5 +1,6 @@
 """Whatever lies in the source folder, the user hears of it in one message before DVC starts."""
 
+import fcntl
 import os
 import socket
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 
-from pipeline.check import obstacles, refuse_obstacles
+from pipeline.check import mend_lock, obstacles, refuse_obstacles
 from pipeline.stage import Refusal
 from tests.closure import ROOT
 
@@ -62,3 +63,21 @@ def test_the_flow_asks_before_it_starts_anything(tmp_path):
         "flow: DVC cannot read all of source; move away or mend:\n  source/pipe.txt: neither a file nor a folder\n"
     )
     assert not (tmp_path / "prefect").exists()
+
+
+@pytest.mark.parametrize("half", ["", '{"read": {"data/tokens": [{"pi'])
+def test_a_list_of_locks_that_a_killed_dvc_cut_off_is_removed(tmp_path, half, capsys):
+    lock = tmp_path / "rwlock"
+    mend_lock(lock)  # none there
+    lock.write_text('{"read": {}, "write": {}}')
+    mend_lock(lock)
+    assert lock.exists()
+    lock.write_text(half)
+    with (tmp_path / "rwlock.lock").open("a") as beside:
+        fcntl.flock(beside, fcntl.LOCK_EX)  # a DVC that is just writing it
+        mend_lock(lock)
+        assert lock.exists()
+    assert capsys.readouterr().out == ""
+    mend_lock(lock)
+    assert not lock.exists()
+    assert "rwlock" in capsys.readouterr().out
