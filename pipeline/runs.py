@@ -6,7 +6,7 @@ goes on, a changed one starts clean, and a finished one has nothing left to do:
     .runs/<fingerprint>/train.jsonl          a row a step
     .runs/<fingerprint>/checkpoint-00000100/ best-00000050/     see pipeline/checkpoints.py
     .runs/<fingerprint>/best/ last/          model folders of a finished run
-    .runs/<fingerprint>/finished.json        SHA-256 of the three results; written last
+    .runs/<fingerprint>/manifest.json        SHA-256 of every file of rows, best/ and last/; written last
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pipeline import files
 from pipeline.stage import Refusal
 
 ROOT = Path(".runs")
+MANIFEST = "manifest.json"
 
 
 def fingerprint(content: Mapping[str, Any]) -> str:
@@ -53,7 +54,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the run is trained to its end, and what it left is as it was written."""
-        marker = self.folder / "finished.json"
+        marker = self.folder / MANIFEST
         try:
             if files.read_json(marker) == self._results():
                 return True
@@ -67,7 +68,7 @@ class Run:
 
     def finish(self) -> None:
         """Mark the run as finished: rows, best/ and last/ are whole."""
-        files.write_json(self.folder / "finished.json", self._results())
+        files.write_json(self.folder / MANIFEST, self._results())
 
     def start_rows(self, head: Mapping[str, Any]) -> None:
         """Open the rows for appending, cut to what `rows_so_far` told at the checkpoint."""
@@ -96,8 +97,9 @@ class Run:
         for superfluous in [*self.folder.glob("checkpoint-*"), *self.folder.glob("best-*")]:
             shutil.rmtree(superfluous)
         for other in ROOT.iterdir():
-            if other != self.folder and (other / "finished.json").is_file():
+            if other != self.folder and (other / MANIFEST).is_file():
                 shutil.rmtree(other)
 
     def _results(self) -> dict[str, str]:
-        return {path.name: files.sha256_of(path) for path in (self.best, self.last, self.rows_file)}
+        results = [*files.listing(self.best), *files.listing(self.last), self.rows_file]
+        return {path.relative_to(self.folder).as_posix(): files.sha256_of(path) for path in results}

@@ -77,7 +77,7 @@ def run(name: str, main: Callable[..., None]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.parse_args()
-    from pipeline import owner  # it refuses, with the class above
+    from pipeline import inputs, owner  # they refuse, with the class above
 
     with refusals(name):
         stages = read_stages()
@@ -87,6 +87,7 @@ def run(name: str, main: Callable[..., None]) -> None:
         sections = load_params()
         wanted = {key.split(".")[0] for key in definition.get("params", [])}
         with owner.alone(name):
+            inputs.check(name)
             main(paths_of(definition), **{key: sections[key] for key in sorted(wanted)})
 
 
