@@ -66,8 +66,10 @@ def fit(
     num_rolled_back: int | None = 0
     with signals() as asked, writer or contextlib.nullcontext():
         while num_rolled_back is not None:
-            trainer = make_trainer(place, tokens, split["train"], base, params)
-            num_rolled_back = attempt(trainer, run, writer, tokens, measured, asked, num_rolled_back)
+            num_rolled_back = attempt(
+                make_trainer(place, tokens, split["train"], base, params),
+                run, writer, tokens, measured, asked, num_rolled_back,
+            )  # fmt: skip
 
 
 def attempt(

@@ -132,6 +132,7 @@ class Writer:
 
     def roll_back(self, why: str) -> None:
         """Leave the newest regular checkpoint as the newest."""
+        del self.trainer  # before another is made
         self._open.close()
         self.checkpoints.go_back()
         self.say(f"{why}\ngoing back to the last regular checkpoint, at a lower learning rate")
