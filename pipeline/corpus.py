@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline import files
-from pipeline.stage import Refusal, reason
+from pipeline import files, stage
+from pipeline.stage import Refusal
 
 Ints = npt.NDArray[np.int64]
 
@@ -86,11 +86,9 @@ def read_array(path: Path, dtype: type[np.generic], length: int | None = None) -
     Raises:
         Refusal: it is damaged, or holds something else.
     """
-    try:
-        # Mapped, because a header can claim more than there is: then numpy would make room for it first.
+    # Mapped, because a header can claim more than there is: then numpy would make room for it first.
+    with stage.refused_as(lambda problem: _damaged(path, stage.reason(problem))), np.errstate(over="ignore"):
         array = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, EOFError, TypeError, SyntaxError, RecursionError, MemoryError, OverflowError) as problem:
-        raise _damaged(path, reason(problem)) from None
     if array.dtype != dtype or array.ndim != 1 or length not in (None, len(array)):
         raise _damaged(path, f"{array.dtype} of the shape {array.shape}")
     return np.array(array)
@@ -110,8 +108,8 @@ def read_side(folder: Path, side: str, num_documents: int) -> Ints:
 
 
 def _damaged(path: Path, fault: str) -> Refusal:
-    stage = path.parent.name.replace("tokens", "tokenize")  # which wrote it
+    writer = path.parent.name.replace("tokens", "tokenize")  # the stage
     return Refusal(
         f"{path} is damaged ({fault}): restore it with `dvc checkout --force`, "
-        f"or rebuild it with `dvc repro --force {stage}`"
+        f"or rebuild it with `dvc repro --force {writer}`"
     )

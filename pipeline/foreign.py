@@ -9,8 +9,6 @@ random numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,20 +50,6 @@ def check(folder: Path) -> None:
         missing = sorted(named - {file.name for file in weights if file.parent == folder})
         if missing:
             raise Refusal(f"{folder / INDEX} names {missing[0][:80]!r}, which is no weights file of that folder")
-
-
-@contextmanager
-def loading(refusal: Callable[[BaseException], Refusal]) -> Iterator[None]:
-    """Refuse, in the words of `refusal`, whatever a damaged or hostile byte makes a library raise.
-
-    That can be anything, and where it is written in Rust, a panic, which is no Exception.
-    """
-    try:
-        yield
-    except (Refusal, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as problem:
-        raise refusal(problem) from None
 
 
 def _check_header(file: Path) -> None:

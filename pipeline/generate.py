@@ -25,7 +25,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pipeline import foreign
+from pipeline import stage
 from pipeline.model import damaged, load_trained
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model = load_trained(folder)
     # A pretrained model may bring its own idea of sampling; params.yaml decides alone.
     model.generation_config = GenerationConfig()
-    with foreign.loading(partial(damaged, folder)):
+    with stage.refused_as(partial(damaged, folder)):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         _ = tokenizer.all_special_ids  # a token that is not in the vocabulary shows only here
     return model.eval(), tokenizer

@@ -89,7 +89,7 @@ def load_tokenizer(model: Params) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     name, options = pretrained_source(model)
-    with foreign.loading(partial(_unreachable, model)):
+    with stage.refused_as(partial(_unreachable, model)):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, use_fast=True, **options)
         _ = tokenizer.all_special_ids  # a token that is not in the vocabulary shows only here
     if not tokenizer.is_fast:
@@ -107,7 +107,7 @@ def load_pretrained(model: Params, **options: object) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     name, safe = pretrained_source(model)
-    with foreign.loading(partial(_unreachable, model)):
+    with stage.refused_as(partial(_unreachable, model)):
         if Path(name).is_dir():
             foreign.check_size(AutoConfig.from_pretrained(name, **safe), Path(name))
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -171,7 +171,7 @@ def initial_model(model: Params, train: TrainParams, corpus: Corpus) -> PreTrain
             )
         )
     name, options = pretrained_source(model)
-    with foreign.loading(partial(_unreachable, model)):
+    with stage.refused_as(partial(_unreachable, model)):
         config = AutoConfig.from_pretrained(name, **options)
     for key in DROPOUTS & set(config.to_dict()):
         setattr(config, key, train.dropout)
@@ -203,7 +203,7 @@ def load_trained(folder: Path) -> PreTrainedModel:
     logging.disable_progress_bar()  # one for reading a file of a second
     foreign.check(folder)
     safe = {"local_files_only": True, "trust_remote_code": False}
-    with foreign.loading(partial(damaged, folder)):
+    with stage.refused_as(partial(damaged, folder)):
         foreign.check_size(AutoConfig.from_pretrained(folder, **safe), folder)
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, **safe

@@ -17,7 +17,7 @@ import contextlib
 import importlib
 import io
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -106,6 +106,20 @@ def refusals(name: str) -> Any:
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def refused_as(refusal: Callable[[BaseException], Refusal]) -> Iterator[None]:
+    """Refuse, in the words of `refusal`, whatever a damaged or hostile byte makes a library raise.
+
+    That can be anything, and where the library is written in Rust, a panic, which is no Exception.
+    """
+    try:
+        yield
+    except (Refusal, Interrupted, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as problem:
+        raise refusal(problem) from None
 
 
 def fail(message: str) -> NoReturn:

@@ -23,7 +23,7 @@ import numpy as np
 import pydantic
 from tqdm import tqdm
 
-from pipeline import bpe, documents, files, foreign, stage
+from pipeline import bpe, documents, files, stage
 from pipeline.model import Params as ModelParams
 from pipeline.model import load_tokenizer
 from pipeline.split import TRAIN, side_of
@@ -103,7 +103,7 @@ def encoded(
     # What a tokenizer writes for characters that it does not know is no control token, unless it ends documents too.
     control -= {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
     for texts, sha256s in batches:
-        with foreign.loading(_cannot_encode):
+        with stage.refused_as(_cannot_encode):
             ids = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
             decoded = backend.decode_batch(ids, skip_special_tokens=False)
         for text, sha256, tokens, back in zip(texts, sha256s, ids, decoded, strict=True):
