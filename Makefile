@@ -12,8 +12,9 @@ export PREFECT_HOME := $(CURDIR)/.prefect
 PORT ?= 5000
 N ?= 30
 SEED ?= 1
+EXAMPLES ?= 10000
 
-.PHONY: help setup setup-dev repro flow verify ui real-text pretrained check test bench chaos lock
+.PHONY: help setup setup-dev repro flow verify ui real-text pretrained check test bench chaos fuzz lock
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -71,6 +72,9 @@ test: setup-dev               ## every test, end-to-end ones included
 	python -m ruff check .
 	python -m mypy
 	python -m pytest
+
+fuzz: setup-dev               ## bad input by the thousand (EXAMPLES=...)
+	EXAMPLES=$(EXAMPLES) python -m pytest --numprocesses 0 --timeout 0 tests/test_fuzz.py tests/test_corpus.py tests/test_foreign.py
 
 bench: setup                  ## training speed beside transformers.Trainer, in one run
 	python -m pip install --quiet --constraint requirements.lock --constraint requirements-dev.lock '.[bench]'

@@ -1,6 +1,8 @@
 """Whole files or none, the same bytes for the same content, and one message for a damaged one."""
 
 import json
+import os
+import tracemalloc
 
 import pytest
 
@@ -58,3 +60,50 @@ def test_the_hash_of_a_folder_depends_on_names_and_bytes_alone(tmp_path):
     assert files.sha256_of(tmp_path / "one") == files.sha256_of(tmp_path / "two")
     (tmp_path / "two" / "inner" / "a").rename(tmp_path / "two" / "inner" / "c")
     assert files.sha256_of(tmp_path / "one") != files.sha256_of(tmp_path / "two")
+
+
+HOSTILE = {
+    "nested too deeply": b"[" * 200_000,
+    "no JSON": b"\xff\xfe{",
+    "a number of thousands of digits": b'{"a": ' + b"9" * 5000 + b"}",
+    "cut": b'{"a": 1',
+    "another kind": b'["a"]',
+    "without the key": b'{"b": 1}',
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_json_is_refused_in_one_sentence(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(Refusal, match=r"a.json is damaged \(.*restore it with") as caught:
+        files.read_json(tmp_path / "a.json", "a")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_json_of_gigabytes_is_refused_before_it_is_read(tmp_path):
+    for name, read in {"a.json": files.read_json, "a.jsonl": files.read_jsonl}.items():
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(40 * 10**9)  # a hole: it takes no room on the disk
+        tracemalloc.start()
+        with pytest.raises(Refusal, match=r"is damaged \(more than 4,194,304 bytes\)"):
+            read(tmp_path / name)
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("read", [files.read_json, files.read_jsonl, files.sha256_of])
+def test_pipes_and_devices_are_refused_where_a_file_should_be(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        with pytest.raises(Refusal, match=f"{name} is no file"):
+            read(tmp_path / name)
+
+
+def test_a_copy_of_a_folder_has_its_files_and_not_its_links(tmp_path):
+    (tmp_path / "one" / "inner").mkdir(parents=True)
+    (tmp_path / "one" / "inner" / "file").write_text("text")
+    (tmp_path / "one" / "link").symlink_to("inner/file")
+    files.copy_folder(tmp_path / "one", tmp_path / "two")
+    assert not (tmp_path / "two" / "link").is_symlink()
+    assert files.sha256_of(tmp_path / "one") == files.sha256_of(tmp_path / "two")
