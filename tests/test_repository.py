@@ -76,7 +76,8 @@ def test_the_text_files_are_tidy():
 def test_nothing_is_pickled_and_yaml_is_read_as_dvc_reads_it(file):
     tree = ast.parse(file.read_text(encoding="utf-8"))
     roots = {name.partition(".")[0] for name in imported(tree)}
-    assert not roots & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "yaml"}
+    if file != ROOT / "tests" / "watch" / "sitecustomize.py":  # which tells on whoever does
+        assert not roots & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "yaml"}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
