@@ -10,6 +10,7 @@ not depend on when somebody interrupted it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import shutil
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline import files
-from pipeline.stage import Refusal
+from pipeline.stage import Refusal, reason
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 NAME = re.compile(r"checkpoint-(\d{8,})")
@@ -71,6 +72,9 @@ class Checkpoints:
                 f"{path} could not be written: {problem}. The checkpoints before it are whole: make room, or mend the "
                 "disk, and the same command goes on from there"
             ) from None
+        for other in self._paths():
+            if other > path:  # damaged, or we would have gone on from there
+                shutil.rmtree(other)
         self.prune()
 
     def newest(self) -> Checkpoint | None:
@@ -78,8 +82,8 @@ class Checkpoints:
         for path in reversed(self._paths()):
             try:
                 return self._read(path)
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError, Refusal) as problem:
-                print(f"train: {path} is damaged ({problem}); going back to the one before", flush=True)
+            except Exception as problem:  # whatever a byte that nobody wrote makes a library raise
+                print(f"train: {path} is damaged ({reason(problem)}); going back to the one before", flush=True)
         return None
 
     def go_back(self) -> None:
@@ -96,7 +100,10 @@ class Checkpoints:
         for path in paths:
             if path not in kept:
                 shutil.rmtree(path)
-        named = {files.read_json(path / STATE)["best"]["step"] for path in kept}
+        named = set()
+        for path in kept:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one names none
+                named.add(files.read_json(path / STATE)["best"]["step"])
         for path in sorted(self.folder.glob("best-*"))[:-1]:  # the last may belong to a checkpoint to come
             if int(path.name.partition("-")[2]) not in named:
                 shutil.rmtree(path)
@@ -108,7 +115,7 @@ class Checkpoints:
     def _read(self, path: Path) -> Checkpoint:
         tensors, state = read(path)
         with self.rows_file.open("rb") as rows:
-            head = rows.read(state["rows"]["num_bytes"])
+            head = rows.read(min(state["rows"]["num_bytes"], self.rows_file.stat().st_size))
         if hashlib.sha256(head).hexdigest() != state["rows"]["sha256"]:
             raise ValueError(f"{self.rows_file.name} has other rows")
         best = state["best"]

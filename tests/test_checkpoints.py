@@ -1,5 +1,6 @@
 """Checkpoints: verified before anything is used, falling back to the one before, and never in training's way."""
 
+import hashlib
 import json
 import shutil
 import threading
@@ -172,3 +173,35 @@ def test_a_finished_run_is_finished_until_a_byte_of_it_changes(run, capsys):
     assert not run.finished
     assert "are damaged; training again" in capsys.readouterr().out
     assert not run.finished and not capsys.readouterr().out
+
+
+# Checkpoints that somebody wrote, with a manifest that fits
+
+
+FORGED = {
+    "a header of 2**60 bytes": (TENSORS, (2**60).to_bytes(8, "little") + b"{}"),
+    "no header": (TENSORS, b"\x02\0\0\0\0\0\0\0[]"),
+    "a deep state": (STATE, b"[" * 100_000),
+    "a state of another kind": (STATE, b"[]"),
+    "a state of megabytes": (STATE, b'{"a":"' + b"x" * 5_000_000),
+    "rows without end": (STATE, b'{"step": 20, "rows": {"num_bytes": 1152921504606846976, "sha256": ""}}'),
+    "a best model elsewhere": (
+        STATE,
+        b'{"step": 20, "rows": {"num_bytes": 0, "sha256": "%s"}, "best": {"step": "../../x", "sha256": ""}}'
+        % hashlib.sha256().hexdigest().encode(),
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), FORGED.values(), ids=FORGED)
+def test_a_forged_checkpoint_is_passed_over_and_stops_no_later_one(run, name, content):
+    save(run, 10)
+    checkpoints = save(run, 20)
+    folder = run.folder / "checkpoint-00000020"
+    (folder / name).write_bytes(content)
+    files.write_json(folder / MANIFEST, {each: files.sha256_of(folder / each) for each in (TENSORS, STATE)})
+    found = checkpoints.newest()
+    assert found is not None and found.step == 10
+    save(run, 15)  # what goes on from step 10 may be interrupted before it comes to 20 again
+    found = checkpoints.newest()
+    assert found is not None and found.step == 15
