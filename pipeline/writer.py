@@ -54,8 +54,9 @@ class Writer:
         self._open.callback(self.progress.close)
         if checkpoint:
             self.say(f"going on after step {first} of {trainer.num_steps} ({self.run.folder})")
+        dtype = str(trainer.model.dtype).removeprefix("torch.")
         self.say(
-            f"{trainer.num_parameters:,} parameters on {trainer.device} ({trainer.model.dtype}), "
+            f"{trainer.num_parameters:,} parameters on {trainer.device} ({dtype}), "
             f"{batches.tokens_per_epoch:,} tokens an epoch, {trainer.num_steps} steps of "
             f"{batches.windows_per_step} x {batches.max_length} tokens"
         )
