@@ -17,6 +17,7 @@ Shapes: B windows, T places a window.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -169,10 +170,21 @@ def load_ahead(batches: Batches, steps: range, num_workers: int) -> Iterator[Bat
     """The windows of each step in order, prepared by `num_workers` processes ahead of use."""
     loader: Iterator[Batch] = iter(
         torch.utils.data.DataLoader(
-            _Steps(batches), sampler=steps, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is
+            _Steps(batches),
+            sampler=steps,
+            batch_size=None,
+            num_workers=num_workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_leave_signals,
         )
     )
     return loader
+
+
+def _leave_signals(_worker: int) -> None:
+    """A signal to the whole group is for the process that saves; workers end with it (pipeline/owner.py)."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -88,10 +88,10 @@ class Checkpoints:
 
     def go_back(self) -> None:
         """Delete every checkpoint after the newest regular one."""
-        regular = [path for path in self._paths() if self._is_regular(path)]
-        for path in self._paths():
-            if not regular or path > regular[-1]:
-                shutil.rmtree(path)
+        for path in reversed(self._paths()):
+            if self._is_regular(path):
+                break
+            shutil.rmtree(path)
 
     def prune(self) -> None:
         """Delete all but the newest two and the newest regular one, and the models that none of them names."""
@@ -111,6 +111,10 @@ class Checkpoints:
     def best(self, step: int) -> Path:
         """The model folder of the best evaluation, if that was after `step` steps."""
         return self.folder / f"best-{step:08d}"
+
+    def regular_step(self) -> int:
+        """The step of the newest regular checkpoint; 0: there is none."""
+        return max((int(path.name.partition("-")[2]) for path in self._paths() if self._is_regular(path)), default=0)
 
     def _read(self, path: Path) -> Checkpoint:
         tensors, state = read(path)
@@ -165,6 +169,10 @@ class Background:
         """Begin `work` once what was begun before is done; whatever that raised is raised here."""
         self.wait()
         self._running = self._executor.submit(work)
+
+    def close(self) -> None:
+        """Return when nothing is being done, whatever came of it."""
+        self._executor.shutdown(wait=True)
 
     def wait(self) -> None:
         """Return when nothing is being done any more; raises what the work raised."""

@@ -44,6 +44,14 @@ class Standing:
         return True
 
 
+@dataclass(frozen=True)
+class Back:
+    """The step that a run goes back to, and how often it has gone back, this time included."""
+
+    step: int
+    num_times: int
+
+
 def fit(
     run: Run, place: device.Place, paths: stage.Paths, base: model.Params, params: Params, about: dict[str, Any]
 ) -> None:
@@ -63,12 +71,12 @@ def fit(
         "validation_loss": losses.fixed_sample(tokens, split["validation"], params.evaluation_documents),
     }
     writer = Writer(run, paths["tokens"], params, about) if place.is_first else None
-    num_rolled_back: int | None = 0
+    back: Back | None = Back(0, 0)
     with signals() as asked, writer or contextlib.nullcontext():
-        while num_rolled_back is not None:
-            num_rolled_back = attempt(
+        while back is not None:
+            back = attempt(
                 make_trainer(place, tokens, split["train"], base, params),
-                run, writer, tokens, measured, asked, num_rolled_back,
+                run, writer, tokens, measured, asked, back,
             )  # fmt: skip
 
 
@@ -79,22 +87,25 @@ def attempt(
     tokens: Corpus,
     measured: dict[str, Ints],
     asked: Asked,
-    num_rolled_back: int,
-) -> int | None:
+    back: Back,
+) -> Back | None:
     """Train from the newest checkpoint to the end.
 
     Returns:
-        None; or, where train.non_finite says so and a step was not finite, how often the run has gone back so far, this
-        time included: it is to be tried again, from a regular checkpoint and at a lower rate.
+        None; or, where train.non_finite says so and a step was not finite, where to go back to, to try again at a lower
+        rate.
     """
     params = trainer.params
     checkpoint = Checkpoints(run.folder, run.rows_file, params.checkpoint_interval_steps).newest()
     standing = Standing() if checkpoint is None else Standing(**checkpoint.state["standing"])
-    standing.num_rolled_back = max(standing.num_rolled_back, num_rolled_back)
+    first = checkpoint.step if checkpoint else 0
+    if (
+        first == back.step
+    ):  # from an older one, because that one is damaged, the steps up to it come first, at their rate
+        standing.num_rolled_back = max(standing.num_rolled_back, back.num_times)
     trainer.rate_factor = params.roll_back_factor**standing.num_rolled_back
     if checkpoint:
         restore(trainer, checkpoint.tensors, checkpoint.state["trainer"])
-    first = checkpoint.step if checkpoint else 0
     if writer:
         writer.start(trainer, checkpoint)
     if first == 0:
@@ -137,7 +148,10 @@ def attempt(
         if writer:
             writer.roll_back(f"{problem}{evidence}")
         device.wait_for_processes()
-        return standing.num_rolled_back + 1
+        return Back(
+            Checkpoints(run.folder, run.rows_file, params.checkpoint_interval_steps).regular_step(),
+            standing.num_rolled_back + 1,
+        )
     if writer:
         writer.finish(row, "early_stopping" if is_early else "finished")
     return None

@@ -41,7 +41,7 @@ class Step:
     step: int  # steps done, this one included
     loss: float | None  # mean cross-entropy of the step's batch, nats per predicted token; None: skipped, not finite
     learning_rate: float
-    grad_norm: float | None  # before clipping
+    grad_norm: float | None  # before clipping; None: not finite, so there was no update
     num_tokens: int  # predicted tokens so far
     micro_batch_size: int | None = None  # where it had to be halved
 
@@ -55,13 +55,14 @@ def train_steps(trainer: Trainer, first: int) -> Iterator[Step]:
     steps = range(first, trainer.num_steps)
     for step, batch in zip(steps, load_ahead(trainer.batches, steps, trainer.params.num_workers), strict=True):
         try:
-            yield within_memory(trainer, step, batch)
+            done = within_memory(trainer, step, batch)
         except NonFinite:
             if trainer.params.non_finite != "skip" or trainer.num_skipped == trainer.params.max_non_finite:
                 raise
             trainer.num_skipped += 1
             trainer.masters.zero_grad()
-            yield Step(step + 1, None, 0.0, None, trainer.batches.num_tokens_before(step + 1))
+            done = Step(step + 1, None, 0.0, None, trainer.batches.num_tokens_before(step + 1))
+        yield done
 
 
 def train_step(trainer: Trainer, step: int, batch: Batch) -> Step:
@@ -105,8 +106,10 @@ def train_step(trainer: Trainer, step: int, batch: Batch) -> Step:
     trainer.scaler.unscale_(trainer.optimizer)
     grad_norm = torch.nn.utils.get_total_norm(trainer.masters.gradients)
     loss_of_step, norm_of_step = torch.stack([loss_sum, grad_norm]).tolist()  # the only wait for the device
-    # With fp16 an infinite gradient is ordinary: the scaler skips the update and lowers its scale.
-    if not math.isfinite(loss_of_step) or not (math.isfinite(norm_of_step) or trainer.scaler.is_enabled()):
+    # With fp16 an infinite gradient is ordinary: the scaler skips the update and lowers its scale, until there is none.
+    overflowed = trainer.scaler.is_enabled() and trainer.scaler.get_scale() >= 1
+    if not math.isfinite(loss_of_step) or not (math.isfinite(norm_of_step) or overflowed):
+        trainer.scaler.update()  # it must not think that it is in the middle of a step
         raise NonFinite(step, loss_of_step, norm_of_step, params)
 
     # Clip: a gradient longer than max_grad_norm is scaled down to it
@@ -126,7 +129,7 @@ def train_step(trainer: Trainer, step: int, batch: Batch) -> Step:
         step=step + 1,
         loss=loss_of_step,
         learning_rate=learning_rate,
-        grad_norm=norm_of_step,
+        grad_norm=norm_of_step if math.isfinite(norm_of_step) else None,
         num_tokens=batches.num_tokens_before(step + 1),
     )
 

@@ -10,6 +10,8 @@ first number that is not finite appears: in the weights, in a layer's output, or
 from __future__ import annotations
 
 import argparse
+import copy
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from pipeline.stage import Refusal
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pipeline.batches import Batches
     from pipeline.loop import NonFinite
     from pipeline.trainer import Trainer
 
@@ -33,7 +36,7 @@ def keep(run_folder: Path, trainer: Trainer, problem: NonFinite, tokens_folder: 
     from pipeline import checkpoints
     from pipeline.trainer import capture
 
-    batch = trainer.batches.batch_at(problem.step)
+    batch = replace_rank(trainer.batches).batch_at(problem.step)  # of all processes
     tokenizer = Tokenizer.from_file(str(tokens_folder / "tokenizer" / "tokenizer.json"))
     corpus = trainer.batches.corpus
     documents = [
@@ -61,7 +64,7 @@ def keep(run_folder: Path, trainer: Trainer, problem: NonFinite, tokens_folder: 
                 "learning_rate_factor": trainer.rate_factor,
                 "documents": documents,
                 "windows": batch.windows,
-                "tokens": batch.inputs_BT.tolist(),
+                "tokens_sha256": _sha256(batch.inputs_BT),
             },
         )
     return folder
@@ -89,7 +92,7 @@ def replay(folder: Path) -> list[str]:
         documents = corpus.read_side(paths["split"], "train", tokens.num_documents)
         trainer = make_trainer(place, tokens, documents, sections["model"], sections["train"])
         batch = trainer.batches.batch_at(seen["step"])
-        if batch.inputs_BT.tolist() != seen["tokens"]:
+        if _sha256(batch.inputs_BT) != seen["tokens_sha256"]:
             raise Refusal(
                 f"{folder}: data or parameters have changed since, so step {seen['step'] + 1} has other tokens"
             )
@@ -112,6 +115,17 @@ def replay(folder: Path) -> list[str]:
                 ]
             return lines
         return [f"step {done.step} is finite now: loss {done.loss}, gradient norm {done.grad_norm}"]
+
+
+def replace_rank(batches: Batches) -> Batches:
+    """The same batches as one process alone has them."""
+    alone = copy.copy(batches)
+    alone.rank, alone.world_size = 0, 1
+    return alone
+
+
+def _sha256(tokens_BT: Tensor) -> str:
+    return hashlib.sha256(tokens_BT.numpy().tobytes()).hexdigest()
 
 
 def _gradient(flat: Tensor) -> Tensor:

@@ -55,11 +55,11 @@ class Run:
     def finished(self) -> bool:
         """Whether the run is trained to its end, and what it left is as it was written."""
         marker = self.folder / MANIFEST
+        if not marker.exists():
+            return False
         try:
             if files.read_json(marker) == self._results():
                 return True
-        except FileNotFoundError:
-            return False
         except (OSError, Refusal):
             pass
         print(f"train: the results in {self.folder} are damaged; training again", flush=True)

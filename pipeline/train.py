@@ -104,7 +104,7 @@ def main(paths: stage.Paths, model: base.Params, train: Params) -> None:
             if place.is_first:
                 resume.remember(run, made_of)
                 follow(run.folder)
-            if not run.finished:
+            if not device.any_process(place.is_first and run.finished):
                 fit.fit(run, place, paths, model, train, about)
             if place.is_first:
                 copy_out(run, paths)

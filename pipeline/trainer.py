@@ -44,7 +44,7 @@ class Trainer:
     @property
     def num_updates(self) -> int:
         """Updates of the weights so far; with fp16 there can be fewer than steps."""
-        return int(self.optimizer.state[self.masters.matrices.flat].get("step", 0))
+        return int(self.optimizer.state[self.masters.matrices.flat]["step"])
 
     @property
     def num_parameters(self) -> int:
@@ -85,13 +85,13 @@ def make_trainer(place: device.Place, tokens: Corpus, documents: Ints, base: mod
         batches=batches,
         params=params,
         device=place.device,
-        micro_batch_size=params.batch_size,
+        micro_batch_size=params.batch_size if params.micro_batch_size == "auto" else params.micro_batch_size,
     )
 
 
 def make_optimizer(masters: Masters, params: Params) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, 2019) with weight decay on matrices only, not on biases and norms."""
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [
             {"params": [masters.matrices.flat], "weight_decay": params.weight_decay},
             {"params": [masters.vectors.flat], "weight_decay": 0.0},
@@ -101,6 +101,13 @@ def make_optimizer(masters: Masters, params: Params) -> torch.optim.AdamW:
         eps=params.adam_epsilon,
         fused=masters.matrices.flat.device.type in ("cpu", "cuda"),
     )
+    for flat in masters.tensors:  # made here and not in the first step, where memory could run out half-way
+        optimizer.state[flat] = {
+            "step": torch.zeros((), device=flat.device if optimizer.defaults["fused"] else "cpu"),
+            "exp_avg": torch.zeros_like(flat),
+            "exp_avg_sq": torch.zeros_like(flat),
+        }
+    return optimizer
 
 
 def check_isolation(initial: PreTrainedModel, vocabulary_size: int, place: torch.device) -> None:
@@ -129,8 +136,8 @@ def capture(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name, group in trainer.masters.groups.items():
         moments = trainer.optimizer.state[group.flat]
         tensors[name] = group.flat
-        tensors |= {f"{name}.{key}": moments[key] for key in ("exp_avg", "exp_avg_sq") if key in moments}
-        num_updates[name] = float(moments.get("step", 0))
+        tensors |= {f"{name}.{key}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
+        num_updates[name] = float(moments["step"])
     copies = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
     return copies, {
         "micro_batch_size": trainer.micro_batch_size,
@@ -144,14 +151,10 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor], state: Mapping[str,
     """Put back what `capture` copied."""
     for name, group in trainer.masters.groups.items():
         group.flat.copy_(tensors[name])
-        if state["num_updates"][name]:
-            trainer.optimizer.state[group.flat] = {
-                "step": torch.tensor(state["num_updates"][name], device=group.flat.device),
-                "exp_avg": tensors[f"{name}.exp_avg"].to(group.flat.device),
-                "exp_avg_sq": tensors[f"{name}.exp_avg_sq"].to(group.flat.device),
-            }
-        else:
-            trainer.optimizer.state.pop(group.flat, None)
+        moments = trainer.optimizer.state[group.flat]
+        moments["step"].fill_(state["num_updates"][name])
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments[key].copy_(tensors[f"{name}.{key}"])
     trainer.masters.round_into_model()
     trainer.masters.zero_grad()
     trainer.scaler.load_state_dict(dict(state["scaler"]))

@@ -41,12 +41,15 @@ class Writer:
         pass
 
     def __exit__(self, *_problem: object) -> None:
+        self.background.close()  # nothing is written any more once another process may
         self._open.close()
 
     def start(self, trainer: Trainer, checkpoint: Checkpoint | None) -> None:
         """Refuse what cannot end well, cut the rows to the checkpoint, say what is about to happen."""
         self.trainer = trainer
         batches, first = trainer.batches, checkpoint.step if checkpoint else 0
+        for partial in self.run.folder.glob(".*.partial"):  # of a process that was killed
+            shutil.rmtree(partial)
         check_disk(trainer.num_parameters, self.run.folder)
         self.run.start_rows(checkpoint.state["rows"] if checkpoint else {"num_bytes": 0})
         self.best: dict[str, Any] = checkpoint.state["best"] if checkpoint else {"step": 0, "sha256": None}
@@ -109,7 +112,17 @@ class Writer:
         self.write_model(self.run.last, capture(self.trainer)[0], row | {"stopped": stopped})
         with files.whole_folder(self.run.best) as beside:
             files.copy_folder(self.checkpoints.best(self.best["step"]), beside)
+            self._refuse_other(files.sha256_of(beside), self.best["sha256"])
+        self._refuse_other(files.sha256_of(self.run.rows_file), self.run.rows_so_far()["sha256"])
         self.run.finish()
+
+    def _refuse_other(self, found: str, written: str) -> None:
+        """What has changed since it was written is no result."""
+        if found != written:
+            raise Refusal(
+                f"a file in {self.run.folder} has changed since it was written; the same command goes back to the last "
+                "checkpoint before that"
+            )
 
     def write_model(self, folder: Path, tensors: dict[str, Tensor], row: dict[str, Any]) -> None:
         """An ordinary model folder: weights in float32, configuration, tokenizer, and how they came about."""
@@ -155,7 +168,8 @@ def check_disk(num_parameters: int, folder: Path) -> None:
     # and last in models/ and in DVC's cache.
     needed = 4 * 3 * weights + (4 + 2 * 2) * weights
     free = shutil.disk_usage(folder).free
-    if free < needed:
+    held = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))  # a part of it is there already
+    if free + held < needed:
         raise Refusal(
             f"checkpoints and models will take about {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free "
             f"where {folder} lies; make room (`dvc gc --workspace` drops old results) or choose a smaller model"

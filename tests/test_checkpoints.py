@@ -205,3 +205,13 @@ def test_a_forged_checkpoint_is_passed_over_and_stops_no_later_one(run, name, co
     save(run, 15)  # what goes on from step 10 may be interrupted before it comes to 20 again
     found = checkpoints.newest()
     assert found is not None and found.step == 15
+
+
+def test_results_that_changed_while_training_went_on_are_no_results(run):
+    from pipeline.writer import Writer
+
+    writer = Writer.__new__(Writer)
+    writer.run = run
+    with pytest.raises(Refusal, match="has changed since it was written"):
+        writer._refuse_other("0", "1")
+    writer._refuse_other("1", "1")

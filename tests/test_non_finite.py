@@ -55,7 +55,6 @@ def test_it_stops_in_that_step_and_one_command_runs_the_step_again(project):
     assert seen["loss"] == "nan" and seen["grad_norms"]["transformer.h.0.attn.c_attn.weight"] == "nan"
     assert 34 in [document["document"] for document in seen["documents"]]
     assert any(f"w{POISON}w" in document["text"] for document in seen["documents"])
-    assert any(POISON in window for window in seen["tokens"])
     checkpoint = torch.cat([w.flatten() for w in tensors_of(folder)])
     assert int((~checkpoint.isfinite()).sum()) == 16  # the row that was infinite from the beginning, nothing else
 
