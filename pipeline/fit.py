@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pipeline import corpus, device, losses, model, stage
+from pipeline import corpus, device, losses, memory, model, stage
 from pipeline.checkpoints import Checkpoints
 from pipeline.corpus import Corpus, Ints
 from pipeline.loop import NonFinite, train_steps
@@ -62,12 +62,14 @@ def fit(
         "train_eval_loss": losses.fixed_sample(tokens, split["train"], params.evaluation_documents),
         "validation_loss": losses.fixed_sample(tokens, split["validation"], params.evaluation_documents),
     }
+    config = model.initial_config(base, params, tokens.vocabulary_size, tokens.start_id, tokens.end_id)
+    fitting = memory.fitting(place, config, params)
     writer = Writer(run, paths["tokens"], params, about) if place.is_first else None
     num_rolled_back: int | None = 0
     with signals() as asked, writer or contextlib.nullcontext():
         while num_rolled_back is not None:
             trainer = make_trainer(place, tokens, split["train"], base, params)
-            num_rolled_back = attempt(trainer, run, writer, tokens, measured, asked, num_rolled_back)
+            num_rolled_back = attempt(trainer, run, writer, tokens, measured, asked, num_rolled_back, fitting)
 
 
 def attempt(
@@ -78,8 +80,12 @@ def attempt(
     measured: dict[str, Ints],
     asked: Asked,
     num_rolled_back: int,
+    fitting: int,
 ) -> int | None:
     """Train from the newest checkpoint to the end.
+
+    Args:
+        fitting: windows a forward pass that memory holds.
 
     Returns:
         None; or, where train.non_finite says so and a step was not finite, how often the run has gone back so far, this
@@ -93,6 +99,8 @@ def attempt(
     if checkpoint:
         restore(trainer, checkpoint.tensors, checkpoint.state["trainer"])
     first = checkpoint.step if checkpoint else 0
+    micro_batch_size = trainer.micro_batch_size
+    trainer.micro_batch_size = min(micro_batch_size, fitting)
     if writer:
         writer.start(trainer, checkpoint)
     if first == 0:
@@ -104,6 +112,9 @@ def attempt(
         for step in train_steps(trainer, first):
             row = {name: value for name, value in asdict(step).items() if value is not None}
             row["epoch"] = step.step / trainer.batches.steps_per_epoch
+            if step.micro_batch_size == micro_batch_size:
+                del row["micro_batch_size"]  # only where it changes
+            micro_batch_size = step.micro_batch_size
             is_best = False
             if is_evaluation_due(step.step, trainer):
                 with writer.progress.paused() if writer else contextlib.nullcontext():

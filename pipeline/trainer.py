@@ -85,7 +85,7 @@ def make_trainer(place: device.Place, tokens: Corpus, documents: Ints, base: mod
         batches=batches,
         params=params,
         device=place.device,
-        micro_batch_size=params.batch_size,
+        micro_batch_size=params.windows_at_once(place.world_size),
     )
 
 

@@ -70,9 +70,11 @@ class Writer:
         self.say(f"before training: validation loss {row['validation_loss']:.4f}")
 
     def add_row(self, step: Step, row: dict[str, Any], standing: Standing, is_best: bool) -> None:
-        """A step's row; after an evaluation also a line."""
+        """A step's row; after an evaluation also a line, and where memory was short."""
         self.run.add_row(row)
         self.progress.advance(step)
+        if "micro_batch_size" in row:
+            self.say(f"step {step.step}: memory is short, from here on {step.micro_batch_size} windows a forward pass")
         if "validation_loss" in row:
             mark = "* new best" if is_best else f"best {standing.best_validation_loss:.4f} at step {standing.best_step}"
             self.say(
