@@ -54,6 +54,9 @@ SHAPES = {
 
 def measure(name: str) -> dict[str, int]:
     """Train in this process; bytes predicted and measured."""
+    from pipeline import launcher
+
+    launcher.settle()  # as a stage does
     import numpy as np
 
     from pipeline import device, files, fit, memory, model, runs, stage
@@ -75,6 +78,7 @@ def measure(name: str) -> dict[str, int]:
             "evaluation_interval_steps": NUM_STEPS - 1,
             "checkpoint_interval_steps": NUM_STEPS - 1,
             "evaluation_documents": NUM_MEASURED,
+            "evaluation_batch_size": NUM_MEASURED,
             "device": "cpu",
         }
     )
@@ -130,10 +134,8 @@ def main() -> None:
         found = json.loads(result.stdout.splitlines()[-1])
         predicted, measured = found.pop("predicted"), found.pop("measured")
         parts = ", ".join(f"{key} {value / 1e9:.2f}" for key, value in found.items())
-        print(
-            f"{name:18}{predicted / 1e9:>10.2f}{measured / 1e9:>10.2f}{100 * (predicted / measured - 1):>+7.1f} %    {parts}",
-            flush=True,
-        )
+        error = f"{100 * (predicted / measured - 1):+.1f} %"
+        print(f"{name:18}{predicted / 1e9:>10.2f}{measured / 1e9:>10.2f}{error:>9}    {parts}", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Letters of tensor names: B windows, T tokens, C hidden size, N = B * T tokens, H
 
 from __future__ import annotations
 
+import bisect
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,9 +32,12 @@ from pipeline.prepare import exchange, hidden_states, output_weights
 from pipeline.train import Params
 from pipeline.trainer import make_optimizer
 
-# What the libraries take when they first compute: threads, kernels made to measure, the allocator's reserves.
+# What the libraries take when they first compute: threads, kernels made to measure.
 LIBRARIES = 100_000_000
-COPIED = 16  # bytes a weight: masters and two moments for a checkpoint, the weights once more for a model folder
+WEIGHT = 4  # bytes of one in float32
+# Of the C allocator, in bytes: what torch aligns large blocks to and others, from where on a block is large, and what
+# is too small to matter.
+PAGE, LINE, LARGE, SMALL = 4096, 64, 2**21, 1024
 
 
 @dataclass(frozen=True)
@@ -42,14 +46,14 @@ class Footprint:
 
     process: int  # interpreter, libraries, and what else is resident already
     state: int  # weights, gradients, optimizer: there all the time
-    step: int  # beside them, at most, in a forward and backward pass; clipping and the update work in place
-    evaluation: int  # beside the state, at most, while measuring losses
+    work: int  # beside them, at most: activations and logits of a micro-batch, or of an evaluation
     copy: int  # of what is being written to disk meanwhile: in the machine's memory, not the GPU's
+    gaps: int  # between the blocks of the C allocator
 
     def peak(self, kind: str) -> dict[str, int]:
         """The most bytes at a time by where they lie: `host`, and `gpu` where the device is of kind cuda."""
-        on_device, host = self.state + max(self.step, self.evaluation), self.process + self.copy
-        return {"gpu": on_device, "host": host} if kind == "cuda" else {"host": host + on_device}
+        on_device, host = self.state + self.work, self.process + self.copy
+        return {"gpu": on_device, "host": host} if kind == "cuda" else {"host": host + on_device + self.gaps}
 
 
 class Rehearsal:
@@ -63,86 +67,154 @@ class Rehearsal:
     def __init__(self, config: PreTrainedConfig, params: Params, dtype: torch.dtype, kind: str) -> None:
         # Fake tensors of a GPU need a torch that was built for it. Those of no device at all take the same way through
         # our code, which only ever asks for the CPU.
-        self.device = torch.device("cpu" if kind == "cpu" else "meta")
+        self.kind, self.device = kind, torch.device("cpu" if kind == "cpu" else "meta")
         self.params, self.vocabulary_size = params, config.vocab_size
-        self.fake, self.living = FakeTensorMode(), _Living()
-        with self.fake, self.living:
-            with no_init_weights(), self.device:
-                self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-                self.model.tie_weights()
-            exchange(self.model, _Shapes())
-            if kind != "cpu":
-                AttentionInterface.register(_Fused.__name__, _attend)
-                AttentionMaskInterface.register(_Fused.__name__, sdpa_mask)
-                self.model.set_attn_implementation(_Fused.__name__)
-            self.masters = Masters(self.model, dtype)
-            self.optimizer = make_optimizer(self.masters, params)
-            self.optimizer.step()  # makes its moments
         self.process = psutil.Process().memory_info().rss + LIBRARIES
+        self.fake, self.recorder = FakeTensorMode(), _Recorder()
+        self.built = self._record(lambda: self._build(config, dtype, kind))
+        self.moments = self._record(self.optimizer.step)
         self.num_parameters = sum(weight.numel() for weight in self.model.parameters())
-        self.state = self.living.now
+        self.evaluated: dict[int, Trace] = {}
 
     def footprint(self, micro_batch_size: int, max_length: int) -> Footprint:
         """What training takes with so many windows of so many tokens a forward pass."""
+        if max_length not in self.evaluated:
+            most = self.params.evaluation_batch_size
+            size = losses.num_pieces_at_once(most, max_length, self.vocabulary_size)
+            self.evaluated[max_length] = self._record(lambda: self._evaluate(size, max_length))
+        evaluation = self.evaluated[max_length]
+        step = self._record(lambda: self._step(micro_batch_size, max_length))
+        copies = [(-number, WEIGHT * flat.numel()) for number, flat in enumerate(3 * self.masters.tensors, 1)]
+        state, work = _alive(self.built + self.moments)[-1], max(*_alive(evaluation), *_alive(step))
+        copied = 3 * WEIGHT * self.num_parameters
+        # An evaluation, two steps, an evaluation, and a step while everything is written.
+        run = [*self.built, *evaluation, *step, *self.moments, *step, *evaluation, *copies, *step]
         return Footprint(
             process=self.process,
-            state=self.state,
-            step=self._beside_state(self._step, micro_batch_size, max_length),
-            evaluation=self._beside_state(
-                self._evaluate,
-                losses.num_pieces_at_once(self.params.evaluation_batch_size, max_length, self.vocabulary_size),
-                max_length,
-            ),
-            copy=COPIED * self.num_parameters,
+            state=state,
+            work=work,
+            copy=copied + WEIGHT * self.num_parameters,  # the best model's weights once more, when it is written
+            gaps=max(0, _Heap().high_water_mark(run) - state - work - copied) if self.kind == "cpu" else 0,
         )
 
-    def _beside_state(self, work: Callable[[Tensor], None], *shape: int) -> int:
-        """The most bytes that are alive besides the state during work on tokens of this shape."""
-        with self.fake, self.living:
-            self.living.peak = self.living.now
-            work(torch.zeros(shape, dtype=torch.int64, device=self.device))
-            return self.living.peak - self.state
+    def _record(self, work: Callable[[], None]) -> Trace:
+        with self.fake, self.recorder:
+            self.recorder.trace = []
+            work()
+            return self.recorder.trace
 
-    def _step(self, tokens_BT: Tensor) -> None:
+    def _build(self, config: PreTrainedConfig, dtype: torch.dtype, kind: str) -> None:
+        with no_init_weights(), self.device:
+            self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            self.model.tie_weights()
+        exchange(self.model, _Shapes())
+        if kind != "cpu":
+            AttentionInterface.register(_Fused.__name__, _attend)
+            AttentionMaskInterface.register(_Fused.__name__, sdpa_mask)
+            self.model.set_attn_implementation(_Fused.__name__)
+        self.masters = Masters(self.model, dtype)
+        self.optimizer = make_optimizer(self.masters, self.params)
+
+    def _step(self, *shape: int) -> None:
+        """Forward and backward pass; clipping and the update work in place."""
         self.model.train()
+        tokens_BT = torch.zeros(shape, dtype=torch.int64, device=self.device)
         hidden_BTC = hidden_states(self.model, tokens_BT, tokens_BT.clone())
         targets_N = tokens_BT.clone().flatten()
         nats = cross_entropy.nats(hidden_BTC.flatten(0, 1), output_weights(self.model), targets_N)
-        del hidden_BTC  # as in the loop, where its name is taken again
         nats.backward()  # type: ignore[no-untyped-call]
 
-    def _evaluate(self, tokens_BT: Tensor) -> None:
+    def _evaluate(self, *shape: int) -> None:
         self.model.eval()
+        tokens_BT = torch.zeros(shape, dtype=torch.int64, device=self.device)
         with torch.inference_mode():
             losses.nats(self.model, tokens_BT, tokens_BT.clone())
 
 
-class _Living(TorchDispatchMode):
-    """Counts the bytes of all storages that operations under it have made and that are still alive."""
+Trace = list[
+    tuple[int, int]
+]  # storages in the order of events: a number for each, and its bytes, or 0 when it is freed
+
+
+def _alive(trace: Trace) -> list[int]:
+    """Bytes alive after each event."""
+    sizes: dict[int, int] = {}
+    now, found = 0, []
+    for key, size in trace:
+        now += size or -sizes.pop(key)
+        if size:
+            sizes[key] = size
+        found.append(now)
+    return found
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes when operations under it make storages, and when these are freed."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._sizes: dict[int, int] = {}
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.trace: Trace = []
+        self._alive: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and look at what comes out."""
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                self._add(leaf.untyped_storage())
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self._alive and storage.nbytes():
+                    self._alive.add(storage._cdata)
+                    self.trace.append((storage._cdata, storage.nbytes()))
+                    weakref.finalize(storage, self._freed, storage._cdata)
         return out
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            weakref.finalize(storage, self._remove, key)
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
+    def _freed(self, key: int) -> None:
+        self._alive.remove(key)
+        self.trace.append((key, 0))
 
-    def _remove(self, key: int) -> None:
-        self.now -= self._sizes.pop(key)
+
+class _Heap:
+    """The C allocator as the launcher sets it up: everything from one heap, which never shrinks.
+
+    As in glibc a block goes into the smallest gap that holds it, and gaps that meet become one. Two things cost space:
+    a gap must be larger than the block, by its alignment; and small objects, which are not followed here, sooner or
+    later lie at the end of the heap, so that it grows by whole blocks.
+    """
+
+    def __init__(self) -> None:
+        self._gaps: list[tuple[int, int]] = []  # start and size, ascending
+        self._blocks: dict[int, tuple[int, int]] = {}
+        self._end = 0
+
+    def high_water_mark(self, trace: Trace) -> int:
+        """Bytes of the heap after these events."""
+        for key, size in trace:
+            if size >= SMALL:
+                self._blocks[key] = self._take(size)
+            elif not size and key in self._blocks:
+                self._give(*self._blocks.pop(key))
+        return self._end
+
+    def _take(self, size: int) -> tuple[int, int]:
+        needed = size + (PAGE if size >= LARGE else LINE)
+        nth = min(
+            (n for n, gap in enumerate(self._gaps) if gap[1] >= needed), key=lambda n: self._gaps[n][1], default=-1
+        )
+        if nth < 0:
+            self._end += size
+            return self._end - size, size
+        start, free = self._gaps[nth]
+        self._gaps[nth] = start + size, free - size
+        return start, size
+
+    def _give(self, start: int, size: int) -> None:
+        n = bisect.bisect(self._gaps, (start, 0))
+        if n < len(self._gaps) and self._gaps[n][0] == start + size:
+            size += self._gaps.pop(n)[1]
+        if n and sum(self._gaps[n - 1]) == start:
+            start, before = self._gaps.pop(n - 1)
+            n, size = n - 1, size + before
+        self._gaps.insert(n, (start, size))
 
 
 class _Shapes(Noise):

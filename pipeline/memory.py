@@ -90,14 +90,15 @@ def _sentence(footprint: Footprint, place: device.Place, found: dict[str, int], 
     parts = {}
     if where == "gpu" or "gpu" not in peak:
         parts["weights, gradients and optimizer"] = footprint.state
-        parts["activations and logits"] = max(footprint.step, footprint.evaluation)
+        parts["activations and logits"] = footprint.work
     if where == "host":
         parts["the copy that is written to disk"] = footprint.copy
         parts["the process"] = footprint.process
-    listed = ", ".join(f"{_gb(num_bytes)} for {name}" for name, num_bytes in parts.items())
+        parts["gaps between blocks"] = footprint.gaps
+    listed = ", ".join(f"{_gb(num_bytes)} for {name}" for name, num_bytes in parts.items() if num_bytes)
     return (
-        f"training with {size} {'window' if size == 1 else 'windows'} of {params.max_length} tokens a forward pass takes "
-        f"about {_gb(peak[where])} GB of {'GPU ' if where == 'gpu' else ''}memory ({listed}), "
+        f"training with {size} {'window' if size == 1 else 'windows'} of {params.max_length} tokens a forward pass "
+        f"takes about {_gb(peak[where])} GB of {'GPU ' if where == 'gpu' else ''}memory ({listed}), "
         f"but {_gb(found[where])} GB are available"
     )
 
@@ -147,8 +148,8 @@ def main() -> None:
         train: Params = sections["train"]
         length = arguments.length or train.max_length
         print(
-            f"GB of memory at the peak of training with {length} tokens a window and dropout {train.dropout:g}, by windows a\n"
-            "forward pass (train.micro_batch_size). * fits into what is free here\n"
+            f"GB of memory at the peak of training with {length} tokens a window and dropout {train.dropout:g},\n"
+            "by windows a forward pass (train.micro_batch_size). * fits into what is free here\n"
         )
         for line in rows(length, train, _own_config(sections)):
             print(line, flush=True)
