@@ -59,6 +59,7 @@ class _CrossEntropy(torch.autograd.Function):
                 torch.mm(logits_NV, head_VC, out=d_hidden_NC[start:end])
                 piece_VC = logits_NV.T @ hidden_NC[start:end]
                 d_head_VC = piece_VC if d_head_VC is None else d_head_VC.float() + piece_VC
+            del logits_NV, rows_NV  # before the next piece is made
         if needed:
             assert d_head_VC is not None
             ctx.save_for_backward(d_hidden_NC, d_head_VC.to(head_VC.dtype))

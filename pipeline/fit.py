@@ -98,6 +98,7 @@ def attempt(
     trainer.rate_factor = params.roll_back_factor**standing.num_rolled_back
     if checkpoint:
         restore(trainer, checkpoint.tensors, checkpoint.state["trainer"])
+        checkpoint.tensors.clear()  # their memory
     first = checkpoint.step if checkpoint else 0
     micro_batch_size = trainer.micro_batch_size
     trainer.micro_batch_size = min(micro_batch_size, fitting)
