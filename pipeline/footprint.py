@@ -1,10 +1,10 @@
 """The memory of a training step, from configuration and parameters alone.
 
-The code that trains runs here too, from the model's construction to the optimizer's update, on torch's fake tensors:
-they have shape, dtype and device, but no numbers and no memory. Every storage that comes and goes is counted, so
-nothing in this file knows how a GPT-2 is built, and what changes in the loop changes here by itself.
+The code that trains runs here too, on torch's meta tensors, which have shapes but no numbers and no memory. Every
+storage that comes and goes is noted, so nothing in this file knows how a GPT-2 is built, and what changes there or in
+the pieces that training is made of changes here by itself.
 
-Letters of tensor names: B windows, T tokens, C hidden size, N = B * T tokens, H heads, D head size.
+Letters of tensor names: B windows, T tokens of a window, C hidden size, N tokens, H heads, D head size.
 """
 
 from __future__ import annotations
@@ -18,22 +18,21 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.masking_utils import sdpa_mask
 
-from pipeline import cross_entropy, losses
+from pipeline import attention, cross_entropy, losses
 from pipeline.dropout import Noise
 from pipeline.masters import Masters
 from pipeline.prepare import exchange, hidden_states, output_weights
 from pipeline.train import Params
-from pipeline.trainer import make_optimizer
 
 # What the libraries take when they first compute: threads, kernels made to measure.
 LIBRARIES = 100_000_000
+ASKING = {torch.ops.aten._local_scalar_dense, torch.ops.aten.is_nonzero, torch.ops.aten.item}  # what a number is
 WEIGHT = 4  # bytes of one in float32
 # Of the C allocator, in bytes: what torch aligns large blocks to and others, from where on a block is large, and what
 # is too small to matter.
@@ -65,15 +64,10 @@ class Rehearsal:
     """
 
     def __init__(self, config: PreTrainedConfig, params: Params, dtype: torch.dtype, kind: str) -> None:
-        # Fake tensors of a GPU need a torch that was built for it. Those of no device at all take the same way through
-        # our code, which only ever asks for the CPU.
-        self.kind, self.device = kind, torch.device("cpu" if kind == "cpu" else "meta")
-        self.params, self.vocabulary_size = params, config.vocab_size
+        self.kind, self.params, self.vocabulary_size = kind, params, config.vocab_size
         self.process = psutil.Process().memory_info().rss + LIBRARIES
-        self.fake, self.recorder = FakeTensorMode(), _Recorder()
-        self.built = self._record(lambda: self._build(config, dtype, kind))
-        self.moments = self._record(self.optimizer.step)
-        self.num_parameters = sum(weight.numel() for weight in self.model.parameters())
+        self.built = self._record(lambda: self._build(config, dtype))
+        self.num_parameters = sum(flat.numel() for flat in self.masters.tensors)
         self.evaluated: dict[int, Trace] = {}
 
     def footprint(self, micro_batch_size: int, max_length: int) -> Footprint:
@@ -84,11 +78,13 @@ class Rehearsal:
             self.evaluated[max_length] = self._record(lambda: self._evaluate(size, max_length))
         evaluation = self.evaluated[max_length]
         step = self._record(lambda: self._step(micro_batch_size, max_length))
-        copies = [(-number, WEIGHT * flat.numel()) for number, flat in enumerate(3 * self.masters.tensors, 1)]
-        state, work = _alive(self.built + self.moments)[-1], max(*_alive(evaluation), *_alive(step))
+        flats = [WEIGHT * flat.numel() for flat in self.masters.tensors]
+        moments = [(("moment", number), size) for number, size in enumerate(2 * flats)]  # made by the first update
+        copies = [(("copy", number), size) for number, size in enumerate(3 * flats)]
+        state, work = _alive([*self.built, *moments])[-1], max(*_alive(evaluation), *_alive(step))
         copied = 3 * WEIGHT * self.num_parameters
         # An evaluation, two steps, an evaluation, and a step while everything is written.
-        run = [*self.built, *evaluation, *step, *self.moments, *step, *evaluation, *copies, *step]
+        run = [*self.built, *evaluation, *step, *moments, *step, *evaluation, *copies, *step]
         return Footprint(
             process=self.process,
             state=state,
@@ -98,37 +94,38 @@ class Rehearsal:
         )
 
     def _record(self, work: Callable[[], None]) -> Trace:
-        with self.fake, self.recorder:
-            self.recorder.trace = []
+        with _Recorder() as recorder, torch.device("meta"):
             work()
-            return self.recorder.trace
+        return recorder.trace
 
-    def _build(self, config: PreTrainedConfig, dtype: torch.dtype, kind: str) -> None:
-        with no_init_weights(), self.device:
+    def _build(self, config: PreTrainedConfig, dtype: torch.dtype) -> None:
+        with no_init_weights():
             self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             self.model.tie_weights()
         exchange(self.model, _Shapes())
-        if kind != "cpu":
-            AttentionInterface.register(_Fused.__name__, _attend)
-            AttentionMaskInterface.register(_Fused.__name__, sdpa_mask)
-            self.model.set_attn_implementation(_Fused.__name__)
+        attention.register()
+        AttentionInterface.register(_Fused.__name__, _attend)
+        AttentionMaskInterface.register(_Fused.__name__, sdpa_mask)
+        self.model.set_attn_implementation(attention.NAME if self.kind == "cpu" else _Fused.__name__)
         self.masters = Masters(self.model, dtype)
-        self.optimizer = make_optimizer(self.masters, self.params)
 
     def _step(self, *shape: int) -> None:
         """Forward and backward pass; clipping and the update work in place."""
         self.model.train()
-        tokens_BT = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        hidden_BTC = hidden_states(self.model, tokens_BT, tokens_BT.clone())
-        targets_N = tokens_BT.clone().flatten()
-        nats = cross_entropy.nats(hidden_BTC.flatten(0, 1), output_weights(self.model), targets_N)
+        hidden_BTC = hidden_states(self.model, torch.zeros(shape, dtype=torch.int64), None)
+        targets_N = torch.zeros(shape, dtype=torch.int64).flatten()
+        nats = cross_entropy.nats(
+            hidden_BTC.flatten(0, 1),
+            output_weights(self.model),
+            targets_N,
+            cross_entropy.NUM_ROWS if self.kind == "cpu" else None,
+        )
         nats.backward()  # type: ignore[no-untyped-call]
 
     def _evaluate(self, *shape: int) -> None:
         self.model.eval()
-        tokens_BT = torch.zeros(shape, dtype=torch.int64, device=self.device)
         with torch.inference_mode():
-            losses.nats(self.model, tokens_BT, tokens_BT.clone())
+            losses.nats(self.model, torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64))
 
 
 Trace = list[
@@ -138,7 +135,7 @@ Trace = list[
 
 def _alive(trace: Trace) -> list[int]:
     """Bytes alive after each event."""
-    sizes: dict[int, int] = {}
+    sizes: dict[object, int] = {}
     now, found = 0, []
     for key, size in trace:
         now += size or -sizes.pop(key)
@@ -154,10 +151,12 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace: Trace = []
-        self._alive: set[int] = set()
+        self._alive: set[object] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and look at what comes out."""
+        if func.overloadpacket in ASKING:
+            return False  # transformers asks whether windows are without borders of documents
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
@@ -168,7 +167,7 @@ class _Recorder(TorchDispatchMode):
                     weakref.finalize(storage, self._freed, storage._cdata)
         return out
 
-    def _freed(self, key: int) -> None:
+    def _freed(self, key: object) -> None:
         self._alive.remove(key)
         self.trace.append((key, 0))
 
@@ -183,7 +182,7 @@ class _Heap:
 
     def __init__(self) -> None:
         self._gaps: list[tuple[int, int]] = []  # start and size, ascending
-        self._blocks: dict[int, tuple[int, int]] = {}
+        self._blocks: dict[object, tuple[int, int]] = {}
         self._end = 0
 
     def high_water_mark(self, trace: Trace) -> int:
