@@ -44,6 +44,8 @@ SHAPES = {
     "wide": Shape(1, 2, 64, 50257, 512, 8, "none", 0.1),
     "long": Shape(2, 4, 64, 256, 1024, 8, "none", 0.1),
     "deep": Shape(24, 4, 256, 3072, 256, 8, "bf16", 0.0),
+    "test-wide": Shape(1, 2, 32, 50257, 256, 4, "none", 0.1),
+    "test-long": Shape(2, 8, 64, 256, 512, 8, "none", 0.1),
     **{
         f"gpt2-{size}-{precision}-{dropout:g}": Shape(12, 12, 768, 50257, 512, size, precision, dropout)
         for precision in ("bf16", "none")

@@ -66,6 +66,7 @@ class Rehearsal:
     def __init__(self, config: PreTrainedConfig, params: Params, dtype: torch.dtype, kind: str) -> None:
         self.kind, self.params, self.vocabulary_size = kind, params, config.vocab_size
         self.process = psutil.Process().memory_info().rss + LIBRARIES
+        self.recorder = _Recorder()
         self.built = self._record(lambda: self._build(config, dtype))
         self.num_parameters = sum(flat.numel() for flat in self.masters.tensors)
         self.evaluated: dict[int, Trace] = {}
@@ -83,8 +84,8 @@ class Rehearsal:
         copies = [(("copy", number), size) for number, size in enumerate(3 * flats)]
         state, work = _alive([*self.built, *moments])[-1], max(*_alive(evaluation), *_alive(step))
         copied = 3 * WEIGHT * self.num_parameters
-        # An evaluation, two steps, an evaluation, and a step while everything is written.
-        run = [*self.built, *evaluation, *step, *moments, *step, *evaluation, *copies, *step]
+        # Two samples are measured, then two steps, the samples again, and a step while everything is written.
+        run = [*self.built, *(2 * evaluation), *step, *moments, *step, *(2 * evaluation), *copies, *step]
         return Footprint(
             process=self.process,
             state=state,
@@ -94,9 +95,10 @@ class Rehearsal:
         )
 
     def _record(self, work: Callable[[], None]) -> Trace:
-        with _Recorder() as recorder, torch.device("meta"):
+        self.recorder.trace = []
+        with self.recorder, torch.device("meta"):
             work()
-        return recorder.trace
+        return self.recorder.trace
 
     def _build(self, config: PreTrainedConfig, dtype: torch.dtype) -> None:
         with no_init_weights():
@@ -128,9 +130,8 @@ class Rehearsal:
             losses.nats(self.model, torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64))
 
 
-Trace = list[
-    tuple[int, int]
-]  # storages in the order of events: a number for each, and its bytes, or 0 when it is freed
+# Storages in the order of events: something that stands for each, and its bytes, or 0 when it is freed.
+Trace = list[tuple[object, int]]
 
 
 def _alive(trace: Trace) -> list[int]:

@@ -58,20 +58,20 @@ def fitting(place: device.Place, config: PreTrainedConfig, params: Params) -> in
     if params.micro_batch_size == "auto" and largest:
         return -(-wanted // -(-wanted // largest))  # passes of about the same size
     if largest:
-        tried, advice = wanted, f"at most {largest} fit: set train.micro_batch_size to {largest}, or to auto"
-    elif (length := _largest(lambda length: fits(1, length), params.max_length)) >= 16:
-        tried, advice = 1, f"train.max_length: {length} would fit"
+        size, advice = wanted, f"at most {largest} fit: set train.micro_batch_size to {largest}, or to auto"
+        advice += "; train.batch_size may stay, for no loss depends on it"
+    elif length := next((half for half in _halves(params.max_length) if fits(1, half)), 0):
+        size, advice = 1, f"train.max_length: {length} would fit"
     else:
         # At one token a window nearly all is in proportion to the weights.
         least = rehearsal.footprint(1, 1)
         share = min((found[at] - least.process) / (take - least.process) for at, take in least.peak(kind).items())
-        most = max(0.0, share) * rehearsal.num_parameters / 1e6
-        tried = 1
+        size, weights = 1, rehearsal.num_parameters / 1e6
         advice = (
-            f"free memory, or choose a model of at most {most:,.0f} million weights "
-            f"instead of {rehearsal.num_parameters / 1e6:,.0f}"
+            f"free memory, or choose a model of at most {max(0.0, share) * weights:,.0f} million weights "
+            f"instead of {weights:,.0f}"
         )
-    raise Refusal(f"{_sentence(rehearsal.footprint(tried, params.max_length), place, found, tried, params)}; {advice}")
+    raise Refusal(f"{_sentence(rehearsal.footprint(size, params.max_length), kind, found, size, params)}; {advice}")
 
 
 def _largest(fits: Callable[[int], bool], wanted: int) -> int:
@@ -83,9 +83,15 @@ def _largest(fits: Callable[[int], bool], wanted: int) -> int:
     return low
 
 
-def _sentence(footprint: Footprint, place: device.Place, found: dict[str, int], size: int, params: Params) -> str:
+def _halves(length: int) -> Iterator[int]:
+    """Half, a quarter, and so on, as long as a window says something."""
+    while (length := length // 2) >= 16:
+        yield length
+
+
+def _sentence(footprint: Footprint, kind: str, found: dict[str, int], size: int, params: Params) -> str:
     """What does not fit, with its parts."""
-    peak = footprint.peak(place.device.type)
+    peak = footprint.peak(kind)
     where = next(name for name in peak if peak[name] > found[name])
     parts = {}
     if where == "gpu" or "gpu" not in peak:

@@ -35,6 +35,7 @@ class Writer:
         self.run, self.tokens_folder, self.params, self.about = run, tokens_folder, params, about
         self.checkpoints = Checkpoints(run.folder, run.rows_file, params.checkpoint_interval_steps)
         self.background = Background()
+        self.copies: dict[str, Tensor] = {}  # of the state, for the background
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> None:
@@ -86,7 +87,7 @@ class Writer:
     def save(self, row: dict[str, Any], standing: Standing, best: bool, checkpoint: bool) -> None:
         """Copy the state as it is, and write it while training goes on: the best model, a checkpoint, or both."""
         self.background.wait()  # memory for one copy, not for more
-        tensors, state = capture(self.trainer)
+        tensors, state = capture(self.trainer, self.copies)
         rows = self.run.rows_so_far()
 
         def write() -> None:
@@ -107,7 +108,7 @@ class Writer:
         self._open.close()
         if stopped == "early_stopping":
             print(f"train: stopped early, {self.params.early_stopping_patience} evaluations without a new best")
-        self.write_model(self.run.last, capture(self.trainer)[0], row | {"stopped": stopped})
+        self.write_model(self.run.last, capture(self.trainer, self.copies)[0], row | {"stopped": stopped})
         with files.whole_folder(self.run.best) as beside:
             files.copy_folder(self.checkpoints.best(self.best["step"]), beside)
         self.run.finish()
