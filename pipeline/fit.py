@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pipeline import corpus, device, losses, model, stage
+from pipeline import corpus, device, losses, memory, model, stage
 from pipeline.checkpoints import Checkpoints
 from pipeline.corpus import Corpus, Ints
 from pipeline.loop import NonFinite, train_steps
@@ -70,13 +70,15 @@ def fit(
         "train_eval_loss": losses.fixed_sample(tokens, split["train"], params.evaluation_documents),
         "validation_loss": losses.fixed_sample(tokens, split["validation"], params.evaluation_documents),
     }
+    config = model.initial_config(base, params, tokens.vocabulary_size, tokens.start_id, tokens.end_id)
+    fitting = memory.fitting(place, config, params)
     writer = Writer(run, paths["tokens"], params, about) if place.is_first else None
     back: Back | None = Back(0, 0)
     with signals() as asked, writer or contextlib.nullcontext():
         while back is not None:
             back = attempt(
                 make_trainer(place, tokens, split["train"], base, params),
-                run, writer, tokens, measured, asked, back,
+                run, writer, tokens, measured, asked, back, fitting,
             )  # fmt: skip
 
 
@@ -88,8 +90,12 @@ def attempt(
     measured: dict[str, Ints],
     asked: Asked,
     back: Back,
+    fitting: int,
 ) -> Back | None:
     """Train from the newest checkpoint to the end.
+
+    Args:
+        fitting: windows a forward pass that memory holds.
 
     Returns:
         None; or, where train.non_finite says so and a step was not finite, where to go back to, to try again at a lower
@@ -99,13 +105,14 @@ def attempt(
     checkpoint = Checkpoints(run.folder, run.rows_file, params.checkpoint_interval_steps).newest()
     standing = Standing() if checkpoint is None else Standing(**checkpoint.state["standing"])
     first = checkpoint.step if checkpoint else 0
-    if (
-        first == back.step
-    ):  # from an older one, because that one is damaged, the steps up to it come first, at their rate
+    if first == back.step:  # where that one is damaged, the steps from the one before up to it come at their own rate
         standing.num_rolled_back = max(standing.num_rolled_back, back.num_times)
     trainer.rate_factor = params.roll_back_factor**standing.num_rolled_back
     if checkpoint:
         restore(trainer, checkpoint.tensors, checkpoint.state["trainer"])
+        checkpoint.tensors.clear()  # their memory
+    micro_batch_size = trainer.micro_batch_size
+    trainer.micro_batch_size = min(micro_batch_size, fitting)
     if writer:
         writer.start(trainer, checkpoint)
     if first == 0:
@@ -117,6 +124,9 @@ def attempt(
         for step in train_steps(trainer, first):
             row = {name: value for name, value in asdict(step).items() if value is not None}
             row["epoch"] = step.step / trainer.batches.steps_per_epoch
+            if step.micro_batch_size == micro_batch_size:
+                del row["micro_batch_size"]  # only where it changes
+            micro_batch_size = step.micro_batch_size
             is_best = False
             if is_evaluation_due(step.step, trainer):
                 with writer.progress.paused() if writer else contextlib.nullcontext():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ class Step:
     learning_rate: float
     grad_norm: float | None  # before clipping; None: not finite, so there was no update
     num_tokens: int  # predicted tokens so far
-    micro_batch_size: int | None = None  # where it had to be halved
+    micro_batch_size: int  # windows a forward pass
 
 
 def train_steps(trainer: Trainer, first: int) -> Iterator[Step]:
@@ -61,7 +61,8 @@ def train_steps(trainer: Trainer, first: int) -> Iterator[Step]:
                 raise
             trainer.num_skipped += 1
             trainer.masters.zero_grad()
-            done = Step(step + 1, None, 0.0, None, trainer.batches.num_tokens_before(step + 1))
+            num_tokens = trainer.batches.num_tokens_before(step + 1)
+            done = Step(step + 1, None, 0.0, None, num_tokens, trainer.micro_batch_size)
         yield done
 
 
@@ -131,6 +132,7 @@ def train_step(trainer: Trainer, step: int, batch: Batch) -> Step:
         learning_rate=learning_rate,
         grad_norm=norm_of_step if math.isfinite(norm_of_step) else None,
         num_tokens=batches.num_tokens_before(step + 1),
+        micro_batch_size=trainer.micro_batch_size,
     )
 
 
@@ -142,14 +144,10 @@ def within_memory(trainer: Trainer, step: int, batch: Batch) -> Step:
     Raises:
         Refusal: memory does not suffice for a single window, or one of several processes ran out of it.
     """
-    before = trainer.micro_batch_size
     while True:
         num_updates = trainer.num_updates
         try:
-            done = train_step(trainer, step, batch)
-            return (
-                done if trainer.micro_batch_size == before else replace(done, micro_batch_size=trainer.micro_batch_size)
-            )
+            return train_step(trainer, step, batch)
         except (MemoryError, RuntimeError) as problem:
             if not is_out_of_memory(problem) or trainer.num_updates != num_updates:
                 raise

@@ -92,7 +92,7 @@ def measure(
         with torch.inference_mode(), bar:
             for batch in _batches(pieces, batch_size, corpus.vocabulary_size):
                 inputs_BT, targets_BT = _tensors(corpus, documents, pieces, batch)
-                nats_BT = _nats(model, inputs_BT.to(device), targets_BT.to(device))
+                nats_BT = nats(model, inputs_BT.to(device), targets_BT.to(device)).cpu().numpy().astype(np.float64)
                 for piece, nats_T in zip(batch, nats_BT, strict=True):
                     nats_D[pieces.owner[piece]] += nats_T[: pieces.length[piece]].sum()
                 bar.update(int(pieces.length[batch].sum()))
@@ -131,7 +131,7 @@ def _batches(pieces: _Pieces, batch_size: int, vocabulary_size: int) -> Iterator
     first = 0
     while first < len(pieces.length):
         widest = int(pieces.length[first])
-        size = max(1, min(batch_size, MAX_LOGITS // (widest * vocabulary_size)))
+        size = num_pieces_at_once(batch_size, widest, vocabulary_size)
         yield np.arange(first, min(first + size, len(pieces.length)))
         first += size
 
@@ -160,21 +160,21 @@ def _ids(corpus: Corpus, document: int, begin: int, length: int) -> Ints:
     )  # fmt: skip
 
 
-def _nats(
-    model: PreTrainedModel,
-    inputs_BT: torch.Tensor,
-    targets_BT: torch.Tensor,
-) -> Floats:
-    """Cross-entropy of every target, 0 where there is padding.
+def num_pieces_at_once(batch_size: int, length: int, vocabulary_size: int) -> int:
+    """At most `batch_size` pieces of `length` targets, and at most MAX_LOGITS logits, but never none."""
+    return max(1, min(batch_size, MAX_LOGITS // (length * vocabulary_size)))
+
+
+def nats(model: PreTrainedModel, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of every target in float32, 0 where there is padding.
 
     Attention is causal, so padding on the right changes nothing before it and needs no mask.
     """
     logits_BTV = model(input_ids=inputs_BT, use_cache=False).logits
     # A piece at a time: the float32 copy and the log-softmax take the memory of one piece, not of the batch.
-    nats_BT = torch.stack(
+    return torch.stack(
         [
             torch.nn.functional.cross_entropy(logits_TV.float(), targets_T, ignore_index=IGNORED, reduction="none")
             for logits_TV, targets_T in zip(logits_BTV, targets_BT, strict=True)
         ]
     )
-    return nats_BT.cpu().numpy().astype(np.float64)

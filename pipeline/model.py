@@ -146,43 +146,57 @@ def _unreachable(model: Params, problem: BaseException) -> Refusal:
     )
 
 
-def initial_model(model: Params, train: TrainParams, corpus: Corpus) -> PreTrainedModel:
-    """The weights that training starts from, in float32 on the CPU: random by the seed, or the pretrained ones.
+def initial_config(
+    model: Params, train: TrainParams, vocabulary_size: int, start_id: int, end_id: int
+) -> PreTrainedConfig:
+    """The shape of the model that training starts from.
 
     Raises:
         Refusal: the windows are longer than the model's positions, or the tokenizer has ids that the model has not.
     """
-    import torch
-    from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+    from transformers import AutoConfig, GPT2Config
 
     if model.from_scratch:
         shape = train.scratch
-        torch.manual_seed(train.seed)
-        return GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=corpus.vocabulary_size,
-                n_positions=train.max_length,
-                n_layer=shape.num_layers,
-                n_head=shape.num_heads,
-                n_embd=shape.embedding_size,
-                bos_token_id=corpus.start_id,
-                eos_token_id=corpus.end_id,
-                **{key: train.dropout for key in ("embd_pdrop", "resid_pdrop", "attn_pdrop")},
-            )
+        return GPT2Config(
+            vocab_size=vocabulary_size,
+            n_positions=train.max_length,
+            n_layer=shape.num_layers,
+            n_head=shape.num_heads,
+            n_embd=shape.embedding_size,
+            bos_token_id=start_id,
+            eos_token_id=end_id,
+            **{key: train.dropout for key in ("embd_pdrop", "resid_pdrop", "attn_pdrop")},
         )
     name, options = pretrained_source(model)
     with stage.refused_as(partial(_unreachable, model)):
-        config = AutoConfig.from_pretrained(name, **options)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, **options)
     for key in DROPOUTS & set(config.to_dict()):
         setattr(config, key, train.dropout)
     positions = num_positions(config)
     if train.max_length > positions:
         raise Refusal(f"train.max_length is {train.max_length}, but {model.base} has {positions} positions; lower it")
-    if corpus.vocabulary_size > config.vocab_size:
+    if vocabulary_size > config.vocab_size:
         raise Refusal(
-            f"the tokenizer has {corpus.vocabulary_size} tokens, but {model.base} only {config.vocab_size}: "
+            f"the tokenizer has {vocabulary_size} tokens, but {model.base} only {config.vocab_size}: "
             "model and tokenizer do not belong together"
         )
+    return config
+
+
+def initial_model(model: Params, train: TrainParams, corpus: Corpus) -> PreTrainedModel:
+    """The weights that training starts from, in float32 on the CPU: random by the seed, or the pretrained ones.
+
+    Raises:
+        Refusal: as `initial_config`.
+    """
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    config = initial_config(model, train, corpus.vocabulary_size, corpus.start_id, corpus.end_id)
+    if model.from_scratch:
+        torch.manual_seed(train.seed)
+        return GPT2LMHeadModel(config)
     return load_pretrained(model, config=config)
 
 

@@ -28,17 +28,7 @@ def prepare(model: PreTrainedModel, noise: Noise) -> None:
     with torch.inference_mode():
         expected_BTV = model(input_ids=probe_BT, use_cache=False).logits
 
-    for module in list(model.modules()):
-        module.noise = noise  # where attention looks for it
-        for name, child in module.named_children():
-            if isinstance(child, torch.nn.Dropout):
-                setattr(module, name, Dropout(child.p, noise))
-            elif isinstance(child, NewGELUActivation):  # the same function in one pass over memory instead of eight
-                setattr(module, name, torch.nn.GELU("tanh"))
-    if model.device.type == "cpu":
-        attention.register()
-        model.set_attn_implementation(attention.NAME)
-
+    exchange(model, noise)
     model.eval()  # the new layers too
     with torch.inference_mode():
         found_BTV = hidden_states(model, probe_BT, None) @ output_weights(model).T
@@ -50,6 +40,20 @@ def prepare(model: PreTrainedModel, noise: Noise) -> None:
             f"model.base: {type(model).__name__} makes its logits in a way of its own (they would differ by "
             f"{moved:.3g}), such as a cap or a scale on them, which this training loop does not cover; choose another"
         )
+
+
+def exchange(model: PreTrainedModel, noise: Noise) -> None:
+    """What `prepare` does, unchecked."""
+    for module in list(model.modules()):
+        module.noise = noise  # where attention looks for it
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.Dropout):
+                setattr(module, name, Dropout(child.p, noise))
+            elif isinstance(child, NewGELUActivation):  # the same function in one pass over memory instead of eight
+                setattr(module, name, torch.nn.GELU("tanh"))
+    if model.device.type == "cpu":
+        attention.register()
+        model.set_attn_implementation(attention.NAME)
 
 
 def hidden_states(model: PreTrainedModel, inputs_BT: Tensor, positions_BT: Tensor | None) -> Tensor:

@@ -77,6 +77,11 @@ class Params(stage.Params):
     num_workers: int = Field(ge=0)
     seed: int = Field(ge=0, lt=2**32)
 
+    def windows_at_once(self, num_processes: int) -> int:
+        """Windows a forward pass of each process, where memory suffices."""
+        share = -(-self.batch_size * self.gradient_accumulation // num_processes)
+        return min(share, self.batch_size if self.micro_batch_size == "auto" else self.micro_batch_size)
+
     @pydantic.model_validator(mode="after")
     def _fp16_needs_a_gpu(self) -> Params:
         if self.mixed_precision == "fp16" and self.device in ("cpu", "mps"):

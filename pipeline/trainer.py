@@ -85,7 +85,7 @@ def make_trainer(place: device.Place, tokens: Corpus, documents: Ints, base: mod
         batches=batches,
         params=params,
         device=place.device,
-        micro_batch_size=params.batch_size if params.micro_batch_size == "auto" else params.micro_batch_size,
+        micro_batch_size=params.windows_at_once(place.world_size),
     )
 
 
@@ -130,16 +130,23 @@ def check_isolation(initial: PreTrainedModel, vocabulary_size: int, place: torch
         )
 
 
-def capture(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A copy of all that the next step depends on besides its number: tensors, on the CPU, and what JSON holds."""
+def capture(trainer: Trainer, copies: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A copy of all that the next step depends on besides its number: tensors, on the CPU, and what JSON holds.
+
+    Args:
+        copies: of an earlier call, that nobody reads any more. They are written over: blocks so large, freed and asked
+            for again and again, would leave gaps in memory that cost as much as themselves.
+    """
+    copies = {} if copies is None else copies
     tensors, num_updates = {}, {}
     for name, group in trainer.masters.groups.items():
         moments = trainer.optimizer.state[group.flat]
         tensors[name] = group.flat
         tensors |= {f"{name}.{key}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
         num_updates[name] = float(moments["step"])
-    copies = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-    return copies, {
+    for name, tensor in tensors.items():
+        copies[name] = copies[name].copy_(tensor) if name in copies else tensor.to("cpu", copy=True)
+    return {name: copies[name] for name in tensors}, {
         "micro_batch_size": trainer.micro_batch_size,
         "num_skipped": trainer.num_skipped,
         "num_updates": num_updates,

@@ -35,6 +35,7 @@ class Writer:
         self.run, self.tokens_folder, self.params, self.about = run, tokens_folder, params, about
         self.checkpoints = Checkpoints(run.folder, run.rows_file, params.checkpoint_interval_steps)
         self.background = Background()
+        self.copies: dict[str, Tensor] = {}  # of the state, for the background
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> None:
@@ -74,9 +75,11 @@ class Writer:
         self.say(f"before training: validation loss {row['validation_loss']:.4f}")
 
     def add_row(self, step: Step, row: dict[str, Any], standing: Standing, is_best: bool) -> None:
-        """A step's row; after an evaluation also a line."""
+        """A step's row; after an evaluation also a line, and where memory was short."""
         self.run.add_row(row)
         self.progress.advance(step)
+        if "micro_batch_size" in row:
+            self.say(f"step {step.step}: memory is short, from here on {step.micro_batch_size} windows a forward pass")
         if "validation_loss" in row:
             mark = "* new best" if is_best else f"best {standing.best_validation_loss:.4f} at step {standing.best_step}"
             self.say(
@@ -88,7 +91,7 @@ class Writer:
     def save(self, row: dict[str, Any], standing: Standing, best: bool, checkpoint: bool) -> None:
         """Copy the state as it is, and write it while training goes on: the best model, a checkpoint, or both."""
         self.background.wait()  # memory for one copy, not for more
-        tensors, state = capture(self.trainer)
+        tensors, state = capture(self.trainer, self.copies)
         rows = self.run.rows_so_far()
 
         def write() -> None:
@@ -109,7 +112,7 @@ class Writer:
         self._open.close()
         if stopped == "early_stopping":
             print(f"train: stopped early, {self.params.early_stopping_patience} evaluations without a new best")
-        self.write_model(self.run.last, capture(self.trainer)[0], row | {"stopped": stopped})
+        self.write_model(self.run.last, capture(self.trainer, self.copies)[0], row | {"stopped": stopped})
         with files.whole_folder(self.run.best) as beside:
             files.copy_folder(self.checkpoints.best(self.best["step"]), beside)
             self._refuse_other(files.sha256_of(beside), self.best["sha256"])
