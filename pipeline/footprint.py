@@ -80,12 +80,12 @@ class Rehearsal:
         evaluation = self.evaluated[max_length]
         step = self._record(lambda: self._step(micro_batch_size, max_length))
         flats = [WEIGHT * flat.numel() for flat in self.masters.tensors]
-        moments = [(("moment", number), size) for number, size in enumerate(2 * flats)]  # made by the first update
+        moments = [(("moment", number), size) for number, size in enumerate(2 * flats)]
         copies = [(("copy", number), size) for number, size in enumerate(3 * flats)]
         state, work = _alive([*self.built, *moments])[-1], max(*_alive(evaluation), *_alive(step))
         copied = 3 * WEIGHT * self.num_parameters
-        # Two samples are measured, then two steps, the samples again, and a step while everything is written.
-        run = [*self.built, *(2 * evaluation), *step, *moments, *step, *(2 * evaluation), *copies, *step]
+        # Two samples are measured before a step, after it, and then a step comes while everything is written.
+        run = [*self.built, *moments, *(2 * evaluation), *step, *(2 * evaluation), *copies, *step]
         return Footprint(
             process=self.process,
             state=state,
@@ -126,7 +126,7 @@ class Rehearsal:
 
     def _evaluate(self, *shape: int) -> None:
         self.model.eval()
-        with torch.inference_mode():
+        with torch.no_grad():  # in inference mode the parts of some operations would not be seen
             losses.nats(self.model, torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64))
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline import files, model, non_finite
@@ -132,7 +133,10 @@ class Writer:
         trained = self.trainer.model
         with files.whole_folder(folder) as beside:
             weights = self.trainer.masters.state_dict(trained, tensors)
-            trained.save_pretrained(beside, state_dict=weights, max_shard_size="1TB")
+            try:
+                trained.save_pretrained(beside, state_dict=weights, max_shard_size="1TB")
+            except SafetensorError as problem:
+                raise Refusal(f"{folder} could not be written: {problem}; make room, and run the same again") from None
             files.copy_folder(self.tokens_folder / "tokenizer", beside)
             change_json(beside / "config.json", dtype="float32")  # of the weights there, not of the model in training
             change_json(beside / "tokenizer_config.json", model_max_length=model.num_positions(trained.config))

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import re
 import signal
 import socket
@@ -228,7 +229,7 @@ def test_told_to_outlive_its_parent_it_does(start, how):
 @pytest.mark.parametrize("shell", ["sh", "bash"])
 def test_started_by_dvc_it_ends_with_dvc_and_with_the_shell_between(start, shell, killed):
     # `; true` keeps the shell between, which it otherwise leaves to chance and version.
-    command = [shell, "-c", f"{sys.executable} -c {WAIT!r}; true".replace("\\n", "\n")]
+    command = [shell, "-c", f"{shlex.quote(sys.executable)} -c {WAIT!r}; true".replace("\\n", "\n")]
     script = f"import os, subprocess; subprocess.call({command}, env=os.environ | {{'DVC_STAGE': 'job'}})"
     dvc = start(*python(script))
     between, job = wait_for_children(dvc, 2)
