@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from pipeline import recorded, stage, verify
+from pipeline import files, recorded, stage, verify
 from pipeline.recorded import Difference
 
 SMALL = {
@@ -86,7 +86,7 @@ def flip(path: Path, position: int, bit: int) -> None:
 def is_named(path: Path, differences: list[Difference]) -> bool:
     """Whether this file is named and no other; of a checkpoint's manifest, the files that it tells of."""
     named = {difference.record.path for difference in differences}
-    if path.name == recorded.MANIFEST and recorded.RUNS in path.parents:
+    if path.name == files.MANIFEST and recorded.RUNS in path.parents:
         return bool(named) and {file.parent for file in named} == {path.parent}
     return named == {path}
 

@@ -24,8 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +59,20 @@ def in_turns(trainer: Any, num_rounds: int, before: tuple[Callable[[int], None],
     return [statistics.median(each) for each in seconds]
 
 
-def costs(num_rounds: int) -> None:
-    """Checkpoints and deterministic algorithms."""
-    import torch
-
-    from pipeline import device, fit, runs, stage
+@contextmanager
+def begun() -> Iterator[Any]:
+    """A training in a project of its own, before its first step: its writer, which holds run and trainer."""
+    from pipeline import device, runs, stage
+    from pipeline.checkpoints import Checkpoints
     from pipeline.corpus import load, read_side
     from pipeline.model import Params
     from pipeline.trainer import make_trainer
     from pipeline.writer import Writer
 
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "project"
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        folder = Path(temporary) / "project"
         make_project(folder)
+        stack.callback(os.chdir, Path.cwd())
         os.chdir(folder)
         params = stage.load_params()["train"]
         place = stack.enter_context(device.join_processes(params))
@@ -80,26 +81,35 @@ def costs(num_rounds: int) -> None:
         trainer = make_trainer(place, tokens, documents, Params(base="scratch", revision=None), params)
         run = runs.Run("0" * 16)
         stack.enter_context(run.opened())
-        writer = Writer(run, Path("data/tokens"), params, {})
-        stack.enter_context(writer)
+        checkpoints = Checkpoints(run.folder, run.rows_file, params.checkpoint_interval_steps)
+        writer = stack.enter_context(Writer(run, checkpoints, Path("data/tokens"), params, {}))
         writer.start(trainer, None)
+        yield writer
+
+
+def costs(num_rounds: int) -> None:
+    """Checkpoints and deterministic algorithms."""
+    import torch
+
+    from pipeline import fit
+
+    with begun() as writer:
 
         def save(step: int) -> None:
             writer.save({"step": step}, fit.Standing(), best=False, checkpoint=True)
 
-        without, with_one = in_turns(trainer, num_rounds, (lambda _: None, save))
+        without, with_one = in_turns(writer.trainer, num_rounds, (lambda _: None, save))
         writer.background.wait()
-        interval = params.checkpoint_interval_steps
+        interval = writer.params.checkpoint_interval_steps
         share = (with_one - without) / (without / NUM_BLOCK_STEPS * interval)
         print(f"checkpoints: {with_one - without:+.3f} s each, {share:+.2%} of training at one every {interval} steps")
 
         free, exact = in_turns(
-            trainer,
+            writer.trainer,
             num_rounds,
             (lambda _: torch.use_deterministic_algorithms(False), lambda _: torch.use_deterministic_algorithms(True)),
         )
         print(f"deterministic algorithms: {exact / free - 1:+.2%} ({exact / NUM_BLOCK_STEPS:.3f} s a step)")
-        os.chdir("/")
 
 
 def resume(folder: Path) -> None:
@@ -128,48 +138,19 @@ def resume(folder: Path) -> None:
 
 def going_on(step: int) -> None:
     """Make a checkpoint at that step, with as many rows, and time a process that goes on from it."""
-    from pipeline import device, fit, runs, stage
-    from pipeline.corpus import load, read_side
-    from pipeline.model import Params
-    from pipeline.trainer import make_trainer
-    from pipeline.writer import Writer
+    from pipeline import fit
 
-    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
-        folder = Path(temporary) / "project"
-        make_project(folder)
-        os.chdir(folder)
-        params = stage.load_params()["train"]
-        place = stack.enter_context(device.join_processes(params))
-        tokens = load(Path("data/tokens"))
-        documents = read_side(Path("data/split"), "train", tokens.num_documents)
-        trainer = make_trainer(place, tokens, documents, Params(base="scratch", revision=None), params)
-        run = runs.Run("0" * 16)
-        stack.enter_context(run.opened())
-        writer = stack.enter_context(written(Writer(run, Path("data/tokens"), params, {})))
-        writer.start(trainer, None)
+    with begun() as writer:
         row = {"step": step, "epoch": 0.123456789, "loss": 1.23456789, "learning_rate": 0.001, "grad_norm": 0.987654321,
                "num_tokens": 123456789}  # fmt: skip
         for _ in range(step):
-            run.add_row(row)
+            writer.run.add_row(row)
         writer.save(row, fit.Standing(), best=False, checkpoint=True)
         writer.background.wait()
-        num_bytes = run.rows_file.stat().st_size
-        os.chdir("/")
-        command = [sys.executable, "-m", "bench.promises", "--resume", str(folder)]
+        num_bytes = writer.run.rows_file.stat().st_size
+        command = [sys.executable, "-m", "bench.promises", "--resume", str(Path.cwd())]
         done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
         print(f"first step after step {step:,} ({num_bytes:,} bytes of rows): {float(done.stdout.split()[-1]):.2f} s")
-
-
-class written(ExitStack):  # noqa: N801
-    """A writer as a context that yields it."""
-
-    def __init__(self, writer: Any) -> None:
-        super().__init__()
-        self.writer = writer
-
-    def __enter__(self) -> Any:
-        self.enter_context(self.writer)
-        return self.writer
 
 
 def stopping() -> None:

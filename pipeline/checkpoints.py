@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline import files
+from pipeline.files import MANIFEST
 from pipeline.stage import Refusal, reason
 
-TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+TENSORS, STATE = "tensors.safetensors", "state.json"
 NAME = re.compile(r"checkpoint-(\d{8,})")
 NUM_KEPT = 2
+BLOCK = 2**20  # bytes read at a time
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Checkpoint:
     step: int
     tensors: dict[str, Tensor]
     state: dict[str, Any]
+    rows_sha256: hashlib._Hash | None = None  # of one that was read: of its rows, to go on with
 
 
 class Checkpoints:
@@ -63,15 +66,9 @@ class Checkpoints:
             Refusal: there is no room, or the disk fails.
         """
         path = self.folder / f"checkpoint-{checkpoint.step:08d}"
-        try:
+        with whole_folder(path) as beside:
             files.fsync(self.rows_file)
-            with files.whole_folder(path) as beside:
-                write(beside, checkpoint.tensors, checkpoint.state | {"step": checkpoint.step})
-        except (OSError, SafetensorError) as problem:
-            raise Refusal(
-                f"{path} could not be written: {problem}. The checkpoints before it are whole: make room, or mend the "
-                "disk, and the same command goes on from there"
-            ) from None
+            write(beside, checkpoint.tensors, checkpoint.state | {"step": checkpoint.step})
         for other in self._paths():
             if other > path:  # damaged, or we would have gone on from there
                 shutil.rmtree(other)
@@ -105,7 +102,7 @@ class Checkpoints:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one names none
                 named.add(files.read_json(path / STATE)["best"]["step"])
         for path in sorted(self.folder.glob("best-*"))[:-1]:  # the last may belong to a checkpoint to come
-            if int(path.name.partition("-")[2]) not in named:
+            if _step_of(path) not in named:
                 shutil.rmtree(path)
 
     def best(self, step: int) -> Path:
@@ -114,24 +111,55 @@ class Checkpoints:
 
     def regular_step(self) -> int:
         """The step of the newest regular checkpoint; 0: there is none."""
-        return max((int(path.name.partition("-")[2]) for path in self._paths() if self._is_regular(path)), default=0)
+        return max((_step_of(path) for path in self._paths() if self._is_regular(path)), default=0)
 
     def _read(self, path: Path) -> Checkpoint:
         tensors, state = read(path)
-        with self.rows_file.open("rb") as rows:
-            head = rows.read(min(state["rows"]["num_bytes"], self.rows_file.stat().st_size))
-        if hashlib.sha256(head).hexdigest() != state["rows"]["sha256"]:
+        rows_sha256 = _sha256_of_head(self.rows_file, state["rows"]["num_bytes"])
+        if rows_sha256.hexdigest() != state["rows"]["sha256"]:
             raise ValueError(f"{self.rows_file.name} has other rows")
         best = state["best"]
         if best["sha256"] is not None and files.sha256_of(self.best(best["step"])) != best["sha256"]:
             raise ValueError(f"{self.best(best['step']).name} has changed")
-        return Checkpoint(state["step"], tensors, state)
+        return Checkpoint(state["step"], tensors, state, rows_sha256)
 
     def _is_regular(self, path: Path) -> bool:
-        return int(path.name.partition("-")[2]) % self.interval == 0
+        return _step_of(path) % self.interval == 0
 
     def _paths(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("checkpoint-*") if NAME.fullmatch(path.name))
+
+
+def _step_of(path: Path) -> int:
+    """The step in the name of a folder."""
+    return int(path.name.partition("-")[2])
+
+
+def _sha256_of_head(path: Path, num_bytes: int) -> hashlib._Hash:
+    """The running SHA-256 of the first bytes of a file, or of all where it has fewer."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while num_bytes > 0 and (block := file.read(min(num_bytes, BLOCK))):
+            found.update(block)
+            num_bytes -= len(block)
+    return found
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A whole folder of a run or none, as `files.whole_folder`; what the disk does to it is one sentence.
+
+    Raises:
+        Refusal: there is no room, or the disk fails.
+    """
+    try:
+        with files.whole_folder(path) as beside:
+            yield beside
+    except (OSError, SafetensorError) as problem:
+        raise Refusal(
+            f"{path} could not be written: {problem}. The checkpoints before it are whole: make room, or mend the "
+            "disk, and the same command goes on from there"
+        ) from None
 
 
 def write(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:

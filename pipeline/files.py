@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from pipeline.stage import Refusal
 
+MANIFEST = "manifest.json"  # of a folder: the SHA-256 of each of its files, by name
 MAX_JSON_BYTES = 2**22  # of a file, or of a line of one: parsing can take thirty times as much
 # Where a link may lead, besides into its own folder: into stores that name a file by its content, DVC's and the Hub's.
 STORES = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}|/blobs/[0-9a-f]{40,64}")

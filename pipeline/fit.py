@@ -72,19 +72,20 @@ def fit(
     }
     config = model.initial_config(base, params, tokens.vocabulary_size, tokens.start_id, tokens.end_id)
     fitting = memory.fitting(place, config, params)
-    writer = Writer(run, paths["tokens"], params, about) if place.is_first else None
+    checkpoints = Checkpoints(run.folder, run.rows_file, params.checkpoint_interval_steps)
+    writer = Writer(run, checkpoints, paths["tokens"], params, about) if place.is_first else None
     back: Back | None = Back(0, 0)
     with signals() as asked, writer or contextlib.nullcontext():
         while back is not None:
             back = attempt(
                 make_trainer(place, tokens, split["train"], base, params),
-                run, writer, tokens, measured, asked, back, fitting,
+                checkpoints, writer, tokens, measured, asked, back, fitting,
             )  # fmt: skip
 
 
 def attempt(
     trainer: Trainer,
-    run: Run,
+    checkpoints: Checkpoints,
     writer: Writer | None,
     tokens: Corpus,
     measured: dict[str, Ints],
@@ -102,7 +103,7 @@ def attempt(
         rate.
     """
     params = trainer.params
-    checkpoint = Checkpoints(run.folder, run.rows_file, params.checkpoint_interval_steps).newest()
+    checkpoint = checkpoints.newest()
     standing = Standing() if checkpoint is None else Standing(**checkpoint.state["standing"])
     first = checkpoint.step if checkpoint else 0
     if first == back.step:  # where that one is damaged, the steps from the one before up to it come at their own rate
@@ -146,8 +147,8 @@ def attempt(
                     writer.background.wait()
                 raise stage.Interrupted(
                     asked.number or signal.SIGTERM,
-                    f"stopped after step {step.step} of {trainer.num_steps}; the state is saved in {run.folder}, "
-                    "and the same command goes on from there",
+                    f"stopped after step {step.step} of {trainer.num_steps}; the state is saved in "
+                    f"{checkpoints.folder}, and the same command goes on from there",
                 )
             if is_end:
                 break
@@ -158,10 +159,7 @@ def attempt(
         if writer:
             writer.roll_back(f"{problem}{evidence}")
         device.wait_for_processes()
-        return Back(
-            Checkpoints(run.folder, run.rows_file, params.checkpoint_interval_steps).regular_step(),
-            standing.num_rolled_back + 1,
-        )
+        return Back(checkpoints.regular_step(), standing.num_rolled_back + 1)
     if writer:
         writer.finish(row, "early_stopping" if is_early else "finished")
     return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -40,18 +41,20 @@ def check(stage: str) -> None:
 
 
 def md5_of(path: Path) -> str:
-    """The name that DVC gives to a file or folder: of a folder, the MD5 of a JSON list of MD5s and relative paths."""
+    """The name that DVC gives to a file or folder."""
     if not path.is_dir():
-        return _md5_of_file(path)
-    entries = [
-        {"md5": _md5_of_file(file), "relpath": file.relative_to(path).as_posix()}
-        for file in path.rglob("*")
-        if file.is_file()
-    ]
-    text = json.dumps(sorted(entries, key=lambda entry: entry["relpath"]), sort_keys=True)
-    return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest() + ".dir"
+        return digest_of(path, "md5")
+    listing = listing_of(path, (file for file in path.rglob("*") if file.is_file()))
+    return hashlib.md5(listing, usedforsecurity=False).hexdigest() + ".dir"
 
 
-def _md5_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+def listing_of(folder: Path, found: Iterable[Path]) -> bytes:
+    """What DVC keeps of a folder with these files: a JSON list of their MD5s and relative paths."""
+    entries = [{"md5": digest_of(file, "md5"), "relpath": file.relative_to(folder).as_posix()} for file in found]
+    return json.dumps(sorted(entries, key=lambda entry: entry["relpath"]), sort_keys=True).encode()
+
+
+def digest_of(path: Path, algorithm: str) -> str:
+    """The digest of a file's bytes, read now."""
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()

@@ -71,6 +71,14 @@ class Masters:
             for key, tensor in model.state_dict().items()
         }
 
+    def named_weights(self) -> dict[str, Tensor]:
+        """The master of each weight."""
+        return self.by_name({key: group.flat for key, group in self.groups.items()})
+
+    def named_gradients(self) -> dict[str, Tensor]:
+        """The gradient of each weight."""
+        return self.by_name(dict(zip(self.groups, self.gradients, strict=True)))
+
     def zero_grad(self) -> None:
         """Forget the gradients; their memory stays."""
         for gradient in self.gradients:

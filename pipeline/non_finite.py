@@ -36,7 +36,7 @@ def keep(run_folder: Path, trainer: Trainer, problem: NonFinite, tokens_folder: 
     from pipeline import checkpoints
     from pipeline.trainer import capture
 
-    batch = replace_rank(trainer.batches).batch_at(problem.step)  # of all processes
+    batch = _of_all_processes(trainer.batches).batch_at(problem.step)  # of all processes
     tokenizer = Tokenizer.from_file(str(tokens_folder / "tokenizer" / "tokenizer.json"))
     corpus = trainer.batches.corpus
     documents = [
@@ -49,7 +49,7 @@ def keep(run_folder: Path, trainer: Trainer, problem: NonFinite, tokens_folder: 
         }
         for number in trainer.batches.documents_at(problem.step)
     ]
-    gradients = trainer.masters.by_name({key: _gradient(g.flat) for key, g in trainer.masters.groups.items()})
+    gradients = trainer.masters.named_gradients()
     folder = run_folder / f"non_finite-{problem.step + 1:08d}"
     tensors, state = capture(trainer)
     with files.whole_folder(folder) as beside:
@@ -100,7 +100,7 @@ def replay(folder: Path) -> list[str]:
         trainer.rate_factor = seen["learning_rate_factor"]
         found: list[str] = [
             f"the weight {name} is not finite before the step"
-            for name, view in trainer.masters.by_name({k: g.flat for k, g in trainer.masters.groups.items()}).items()
+            for name, view in trainer.masters.named_weights().items()
             if not view.isfinite().all()
         ]
         _watch(trainer.model, found)
@@ -109,7 +109,7 @@ def replay(folder: Path) -> list[str]:
         except loop.NonFinite as problem:
             lines = [str(problem), *found[:1]]
             if not found:
-                gradients = trainer.masters.by_name({k: _gradient(g.flat) for k, g in trainer.masters.groups.items()})
+                gradients = trainer.masters.named_gradients()
                 lines += [
                     f"the gradient of {name} is not finite" for name, g in gradients.items() if not g.isfinite().all()
                 ]
@@ -117,7 +117,7 @@ def replay(folder: Path) -> list[str]:
         return [f"step {done.step} is finite now: loss {done.loss}, gradient norm {done.grad_norm}"]
 
 
-def replace_rank(batches: Batches) -> Batches:
+def _of_all_processes(batches: Batches) -> Batches:
     """The same batches as one process alone has them."""
     alone = copy.copy(batches)
     alone.rank, alone.world_size = 0, 1
@@ -126,11 +126,6 @@ def replace_rank(batches: Batches) -> Batches:
 
 def _sha256(tokens_BT: Tensor) -> str:
     return hashlib.sha256(tokens_BT.numpy().tobytes()).hexdigest()
-
-
-def _gradient(flat: Tensor) -> Tensor:
-    assert flat.grad is not None
-    return flat.grad
 
 
 def _watch(model: Any, found: list[str]) -> None:

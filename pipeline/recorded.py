@@ -22,10 +22,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline import files, owner, stage
+from pipeline.files import MANIFEST
+from pipeline.inputs import LOCK, listing_of
 from pipeline.stage import Refusal
 
-LOCK = Path("dvc.lock")
-MANIFEST = "manifest.json"
 RUNS = owner.LOCK.parent  # unfinished runs; pipeline/runs.py knows more, but costs an import of torch
 
 # output: what a stage wrote. object: DVC's copy of it. yours: text and code. checkpoint, published: as they say.
@@ -173,22 +173,12 @@ def _listing(at: Path, folder: Path, md5: str) -> list[dict[str, str]] | None:
 
 def listing_text(folder: Path) -> bytes:
     """The object that DVC keeps of a folder."""
-    entries = [
-        {"md5": digest_of(file, "md5"), "relpath": file.relative_to(folder).as_posix()}
-        for file in not_ignored(files_under(folder))
-    ]
-    return json.dumps(sorted(entries, key=lambda entry: entry["relpath"]), sort_keys=True).encode()
+    return listing_of(folder, not_ignored(files_under(folder)))
 
 
 def is_whole(folder: Path, md5: str) -> bool:
     """Whether a folder is the one that DVC recorded under this name."""
     return folder.is_dir() and _md5(listing_text(folder)) == md5.removesuffix(".dir")
-
-
-def digest_of(path: Path, algorithm: str) -> str:
-    """The digest of a file's bytes, read now."""
-    with path.open("rb", buffering=0) as file:
-        return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
 
 
 def object_path(cache: Path, md5: str) -> Path:

@@ -19,12 +19,12 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from pipeline import files, serving
+from pipeline.files import MANIFEST
 from pipeline.stage import Refusal
 from pipeline.tracking import Store, reader, uri
 
 ALIAS = "challenger"
 MODEL_SHA256, MANIFEST_SHA256 = "pipeline.model_sha256", "pipeline.manifest_sha256"
-MANIFEST = "manifest.json"
 BESIDE = Path(".model.partial")  # one place, so what a killed publication left there is removed by the next
 REQUIREMENTS = ("mlflow", "numpy", "pandas", "safetensors", "tokenizers", "torch", "transformers")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,10 +21,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline import files
+from pipeline.files import MANIFEST
 from pipeline.stage import Refusal
 
 ROOT = Path(".runs")
-MANIFEST = "manifest.json"
 
 
 def fingerprint(content: Mapping[str, Any]) -> str:
@@ -70,14 +71,14 @@ class Run:
         """Mark the run as finished: rows, best/ and last/ are whole."""
         files.write_json(self.folder / MANIFEST, self._results())
 
-    def start_rows(self, head: Mapping[str, Any]) -> None:
-        """Open the rows for appending, cut to what `rows_so_far` told at the checkpoint."""
+    def start_rows(self, num_bytes: int = 0, sha256: hashlib._Hash | None = None) -> None:
+        """Open the rows for appending, cut to their bytes at the checkpoint, whose running SHA-256 is `sha256`."""
         if self._rows is not None:
             self._rows.close()
         self._rows = self.rows_file.open("a+b")
-        self._rows.truncate(head["num_bytes"])
-        self._rows.seek(0)
-        self._sha256 = hashlib.sha256(self._rows.read())
+        self._rows.truncate(num_bytes)
+        self._rows.seek(0, os.SEEK_END)
+        self._sha256 = hashlib.sha256() if sha256 is None else sha256
 
     def add_row(self, row: Mapping[str, Any]) -> None:
         """Append one row, whole."""

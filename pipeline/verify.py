@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline import files, owner, publish, recorded, stage
+from pipeline import files, inputs, owner, publish, recorded, stage
 from pipeline.recorded import Difference, Record
 
 
@@ -43,7 +43,7 @@ class Tally:
         self.num_files += 1
         try:
             self.num_bytes += record.path.stat().st_size
-            if recorded.digest_of(record.path, algorithm) == record.digest.removesuffix(".dir"):
+            if inputs.digest_of(record.path, algorithm) == record.digest.removesuffix(".dir"):
                 return True
             what = "changed"
         except FileNotFoundError:
@@ -89,8 +89,8 @@ def _check_published(report: Path, tally: Tally) -> None:
             folder, digest = recorded.from_here(stored[0]), stored[1]
             if digest is None:
                 return differs("has no recorded hashes; it was published before there were any")
-            if tally.compare(Record(folder / registry.MANIFEST, "publish", "published", digest)):
-                for name, sha256 in files.read_json(folder / registry.MANIFEST).items():
+            if tally.compare(Record(folder / files.MANIFEST, "publish", "published", digest)):
+                for name, sha256 in files.read_json(folder / files.MANIFEST).items():
                     tally.compare(Record(recorded.inside(folder, name), "publish", "published", sha256))
     except stage.Refusal as problem:
         differs(f"cannot be read: {problem}")

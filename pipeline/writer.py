@@ -8,11 +8,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline import files, model, non_finite
-from pipeline.checkpoints import Background, Checkpoint, Checkpoints
+from pipeline.checkpoints import Background, Checkpoint, Checkpoints, whole_folder
 from pipeline.loop import NonFinite, Step
 from pipeline.progress import Progress
 from pipeline.runs import Run
@@ -32,15 +31,17 @@ class Writer:
         about: goes into the training.json of every model folder.
     """
 
-    def __init__(self, run: Run, tokens_folder: Path, params: Params, about: dict[str, Any]) -> None:
-        self.run, self.tokens_folder, self.params, self.about = run, tokens_folder, params, about
-        self.checkpoints = Checkpoints(run.folder, run.rows_file, params.checkpoint_interval_steps)
+    def __init__(
+        self, run: Run, checkpoints: Checkpoints, tokens_folder: Path, params: Params, about: dict[str, Any]
+    ) -> None:
+        self.run, self.checkpoints, self.tokens_folder = run, checkpoints, tokens_folder
+        self.params, self.about = params, about
         self.background = Background()
         self.copies: dict[str, Tensor] = {}  # of the state, for the background
         self._open = contextlib.ExitStack()
 
-    def __enter__(self) -> None:
-        pass
+    def __enter__(self) -> Writer:
+        return self
 
     def __exit__(self, *_problem: object) -> None:
         self.background.close()  # nothing is written any more once another process may
@@ -53,7 +54,10 @@ class Writer:
         for partial in self.run.folder.glob(".*.partial"):  # of a process that was killed
             shutil.rmtree(partial)
         check_disk(trainer.num_parameters, self.run.folder)
-        self.run.start_rows(checkpoint.state["rows"] if checkpoint else {"num_bytes": 0})
+        if checkpoint:
+            self.run.start_rows(checkpoint.state["rows"]["num_bytes"], checkpoint.rows_sha256)
+        else:
+            self.run.start_rows()
         self.best: dict[str, Any] = checkpoint.state["best"] if checkpoint else {"step": 0, "sha256": None}
         self.progress = Progress(self.run.folder, first, trainer.num_steps, batches.num_tokens_before(first))
         self._open.callback(self.progress.close)
@@ -114,7 +118,7 @@ class Writer:
         if stopped == "early_stopping":
             print(f"train: stopped early, {self.params.early_stopping_patience} evaluations without a new best")
         self.write_model(self.run.last, capture(self.trainer, self.copies)[0], row | {"stopped": stopped})
-        with files.whole_folder(self.run.best) as beside:
+        with whole_folder(self.run.best) as beside:
             files.copy_folder(self.checkpoints.best(self.best["step"]), beside)
             self._refuse_other(files.sha256_of(beside), self.best["sha256"])
         self._refuse_other(files.sha256_of(self.run.rows_file), self.run.rows_so_far()["sha256"])
@@ -131,12 +135,9 @@ class Writer:
     def write_model(self, folder: Path, tensors: dict[str, Tensor], row: dict[str, Any]) -> None:
         """An ordinary model folder: weights in float32, configuration, tokenizer, and how they came about."""
         trained = self.trainer.model
-        with files.whole_folder(folder) as beside:
+        with whole_folder(folder) as beside:
             weights = self.trainer.masters.state_dict(trained, tensors)
-            try:
-                trained.save_pretrained(beside, state_dict=weights, max_shard_size="1TB")
-            except SafetensorError as problem:
-                raise Refusal(f"{folder} could not be written: {problem}; make room, and run the same again") from None
+            trained.save_pretrained(beside, state_dict=weights, max_shard_size="1TB")
             files.copy_folder(self.tokens_folder / "tokenizer", beside)
             change_json(beside / "config.json", dtype="float32")  # of the weights there, not of the model in training
             change_json(beside / "tokenizer_config.json", model_max_length=model.num_positions(trained.config))

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from pipeline import files
-from pipeline.checkpoints import MANIFEST, STATE, TENSORS, Background, Checkpoint, Checkpoints
+from pipeline.checkpoints import STATE, TENSORS, Background, Checkpoint, Checkpoints
+from pipeline.files import MANIFEST
 from pipeline.runs import Run
 from pipeline.stage import Refusal
 
@@ -23,7 +24,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = Run("0123456789abcdef")
     with made.opened():
-        made.start_rows({"num_bytes": 0})
+        made.start_rows()
         yield made
 
 

@@ -77,7 +77,7 @@ def test_hostile_json_is_refused_in_one_sentence(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(Refusal, match=r"a.json is damaged \(.*restore it with") as caught:
         files.read_json(tmp_path / "a.json", "a")
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    assert "\n" not in str(caught.value) and len(str(caught.value).replace(str(tmp_path), "")) < 240
 
 
 def test_json_of_gigabytes_is_refused_before_it_is_read(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -141,8 +142,6 @@ def test_interrupted_at_any_step_it_goes_back_to_the_same_one(tmp_path, monkeypa
     monkeypatch.setattr(fit.device, "any_process", interrupt_once)
     with pytest.raises(stage.Interrupted):
         fit_here(tmp_path / "cut", non_finite="roll_back")
-    import shutil
-
     shutil.move(tmp_path / "cut" / ".runs", tmp_path / "runs")
     shutil.rmtree(tmp_path / "cut")
     project = tmp_path / "cut"
@@ -151,8 +150,6 @@ def test_interrupted_at_any_step_it_goes_back_to_the_same_one(tmp_path, monkeypa
 
 
 def keep_runs(saved, project, inside):
-    import shutil
-
     def write(folder, num_documents):
         inside(folder, num_documents)
         shutil.move(saved, project / ".runs")

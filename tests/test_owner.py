@@ -3,8 +3,8 @@
 import contextlib
 import json
 import os
-import shlex
 import re
+import shlex
 import signal
 import socket
 import subprocess

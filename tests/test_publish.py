@@ -313,9 +313,14 @@ def test_a_loss_that_is_not_finite_is_published_as_such(repository):
 
 def publish_twice_at_once():
     environment = os.environ | {"PYTHONPATH": str(result.ROOT)}
-    processes = [subprocess.Popen([sys.executable, "-m", "pipeline.publish"], env=environment) for _ in range(2)]
-    codes = [process.wait() for process in processes]
-    assert 0 in codes and set(codes) <= {0, 1}  # the second may be refused, for the first works in this checkout
+    command = [sys.executable, "-m", "pipeline.publish"]
+    processes = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    ended = [(process.communicate()[1], process.returncode) for process in processes]
+    # The second waits for the first, which works in this checkout; if that takes long, it is refused by its name.
+    assert [code for _, code in ended if code] in ([], [1])
+    assert all("works in this checkout already" in said for said, code in ended if code)
+    if any(code for _, code in ended):
+        subprocess.run(command, env=environment, check=True)
     view = View()
     (run,) = view.runs
     complete(view, run)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import files, recorded, registry, stage, verify
+from pipeline import files, inputs, recorded, registry, stage, verify
 from tests import result
 from tests.tiny import ROOT
 
@@ -100,7 +100,7 @@ def found(cache):
 
 
 def copy_of(path):
-    return recorded.object_path(Path(".dvc/cache"), recorded.digest_of(Path(path), "md5"))
+    return recorded.object_path(Path(".dvc/cache"), inputs.digest_of(Path(path), "md5"))
 
 
 def folder_object():
@@ -208,13 +208,13 @@ def test_a_damaged_lock_is_one_sentence(here, damage):
 
 def test_a_lock_that_holds_two_states_is_said_to(here):
     lock = Path("dvc.lock")
-    digest = recorded.digest_of(Path("out/one.txt"), "md5")
+    digest = inputs.digest_of(Path("out/one.txt"), "md5")
     make, _, use = lock.read_text().partition("  use:")
     lock.write_text(make + "  use:" + use.replace(digest, "f" * 32))
     assert found(here) == [
         "dvc.lock: use: was made from another state of out/one.txt than make left; run `dvc repro`",
     ]
-    lock.write_text(make + "  use:" + use.replace(recorded.digest_of(Path("shared.txt"), "md5"), "f" * 32))
+    lock.write_text(make + "  use:" + use.replace(inputs.digest_of(Path("shared.txt"), "md5"), "f" * 32))
     assert found(here) == ["dvc.lock: use: was made from another state of shared.txt than make; run `dvc repro`"]
     lock.write_text((make + "  use:" + use).replace("path: out/two.txt", "path: out/tvo.txt"))
     assert found(here) == ["dvc.lock: use: names out/tvo.txt, which dvc.yaml does not; run `dvc repro`"]
