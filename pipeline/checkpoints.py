@@ -58,6 +58,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, rows_file: Path, interval: int) -> None:
         self.folder, self.rows_file, self.interval = folder, rows_file, interval
+        self._damaged: set[Path] = set()
 
     def write(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint and delete what it makes superfluous.
@@ -69,8 +70,9 @@ class Checkpoints:
         with whole_folder(path) as beside:
             files.fsync(self.rows_file)
             write(beside, checkpoint.tensors, checkpoint.state | {"step": checkpoint.step})
+        self._damaged.discard(path)
         for other in self._paths():
-            if other > path:  # damaged, or we would have gone on from there
+            if other > path or other in self._damaged:  # a newer one is damaged, or we would have gone on from there
                 shutil.rmtree(other)
         self.prune()
 
@@ -81,6 +83,7 @@ class Checkpoints:
                 return self._read(path)
             except Exception as problem:  # whatever a byte that nobody wrote makes a library raise
                 print(f"train: {path} is damaged ({reason(problem)}); going back to the one before", flush=True)
+                self._damaged.add(path)
         return None
 
     def go_back(self) -> None:

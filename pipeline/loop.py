@@ -160,6 +160,9 @@ def within_memory(trainer: Trainer, step: int, batch: Batch) -> Step:
                 "`python -m pipeline.memory` shows what fits"
             )
         trainer.masters.zero_grad()
+        state = trainer.scaler.state_dict()
+        trainer.scaler = torch.amp.GradScaler(trainer.device.type, enabled=trainer.scaler.is_enabled())
+        trainer.scaler.load_state_dict(state)  # the one before may think that it is in the middle of a step
         torch.cuda.empty_cache()
         trainer.micro_batch_size = max(1, min(size, len(batch.windows)) // 2)
 

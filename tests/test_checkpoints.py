@@ -102,6 +102,17 @@ def test_the_newest_two_are_kept_and_the_newest_regular_one_and_the_models_they_
     assert names(run.folder) == ["best-00000020", "checkpoint-00000020", "checkpoint-00000023", "checkpoint-00000027"]
 
 
+def test_a_damaged_one_takes_no_place_among_the_newest_two(run):
+    for step in (10, 20, 25):
+        save(run, step)
+    (run.folder / "checkpoint-00000025" / STATE).write_text("{}")
+    checkpoints = Checkpoints(run.folder, run.rows_file, INTERVAL)
+    found = checkpoints.newest()
+    for step in (30, 40):
+        checkpoints.write(Checkpoint(step, found.tensors, found.state))
+        assert len(names(run.folder)) == 2 and "checkpoint-00000025" not in names(run.folder)
+
+
 def test_going_back_leaves_the_regular_one_however_often_it_was_interrupted(run):
     for step in (10, 20, 23, 27):
         checkpoints = save(run, step)
@@ -206,13 +217,3 @@ def test_a_forged_checkpoint_is_passed_over_and_stops_no_later_one(run, name, co
     save(run, 15)  # what goes on from step 10 may be interrupted before it comes to 20 again
     found = checkpoints.newest()
     assert found is not None and found.step == 15
-
-
-def test_results_that_changed_while_training_went_on_are_no_results(run):
-    from pipeline.writer import Writer
-
-    writer = Writer.__new__(Writer)
-    writer.run = run
-    with pytest.raises(Refusal, match="has changed since it was written"):
-        writer._refuse_other("0", "1")
-    writer._refuse_other("1", "1")

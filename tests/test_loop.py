@@ -87,6 +87,24 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_losses(tokens, monke
     assert resumed.micro_batch_size == 1
 
 
+def test_memory_that_runs_out_between_gradient_and_update_leaves_no_half_step(tokens, monkeypatch):
+    place = device.Place(torch.device("cpu"), "fp16")  # a GPU's precision; only it has a scaler with a state
+    trainer = make_trainer(place, tokens, np.arange(tokens.num_documents), SCRATCH, tiny.params())
+    inside, calls = torch.nn.utils.get_total_norm, []
+
+    def once_without_memory(tensors):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inside(tensors)
+
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", once_without_memory)
+    steps = list(train_steps(trainer, 0))
+    assert len(calls) == len(steps) + 1
+    assert steps[1].micro_batch_size < steps[0].micro_batch_size
+    assert all(math.isfinite(step.loss) for step in steps)
+
+
 def test_memory_too_small_for_one_window_is_refused(tokens, monkeypatch):
     def without_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

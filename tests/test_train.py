@@ -119,6 +119,23 @@ def test_killed_and_run_again_it_ends_with_the_same_bytes(trained, tmp_path, sta
     assert project.hashes() == trained[0].hashes()
 
 
+def test_rows_that_change_while_training_goes_on_are_no_result(trained, tmp_path, start):
+    project = tiny.Project(tmp_path / "clone", num_epochs=60)
+    process = start(project)
+    folder = wait_for_rows(project, 50)
+    process.send_signal(signal.SIGSTOP)
+    with (folder / "train.jsonl").open("r+b") as rows:
+        byte = rows.read(1)
+        rows.seek(0)
+        rows.write(bytes([byte[0] ^ 1]))
+    process.send_signal(signal.SIGCONT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "has changed since it was written" in err and "Traceback" not in err
+    assert not (project.folder / "models").exists()
+    assert project.run("pipeline.train").returncode == 0
+    assert project.hashes() == trained[0].hashes()
+
+
 def test_other_parameters_start_clean(tmp_path, start):
     project = tiny.Project(tmp_path / "clone", num_epochs=3000)
     process = start(project)
