@@ -85,7 +85,7 @@ class _Attention(torch.autograd.Function):
             weights_BHQK = scores_BHQK.softmax(-1)
             block = [weights_BHQK]
             if noise is not None:
-                keep_BHQK, ctx.scale = noise.keep(weights_BHQK.shape, dropout, device)
+                keep_BHQK, ctx.scale = noise.keep(weights_BHQK, dropout)
                 block.append(keep_BHQK)
                 weights_BHQK = weights_BHQK * keep_BHQK
             out_BHTD[:, :, start:end] = weights_BHQK @ value_BHTD[:, :, :end]

@@ -96,6 +96,9 @@ def make_deterministic() -> None:
     """Only algorithms that give the same bytes every time; there is no other mode."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
     torch.use_deterministic_algorithms(True)
+    # With those torch also writes NaN into all memory that it gets anew, to show who reads before writing. Nobody here
+    # does, as equal bytes prove, and in small steps it takes time (python -m bench.promises).
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 RANGE = 2**16  # an element is dropped by a random number of 16 bits: probabilities are exact to 1/65,536
+ONE = 0x3F80  # the bits of 1.0 in bfloat16
 
 
 class Noise:
@@ -33,30 +34,39 @@ class Noise:
         """
         self._windows, self._key, self._site = windows, key, 0
 
-    def keep(self, shape: Sequence[int], probability: float, device: torch.device) -> tuple[Tensor, float]:
-        """The mask of the next site, True where an element stays, and the factor that keeps the expectation.
+    def keep(self, x: Tensor, probability: float) -> tuple[Tensor, float]:
+        """The mask of the next site, to multiply `x` with, and the factor that keeps the expectation.
 
         Args:
-            shape: the first dimension is that of the windows.
+            x: its first dimension is that of the windows.
             probability: of dropping an element.
 
         Returns:
-            A bool tensor of `shape`, and 1 / the share that stays.
+            A tensor as of `empty_mask`, 1 where an element stays and 0 elsewhere, and 1 / the share that stays.
         """
-        assert len(self._windows) == shape[0]
+        assert len(self._windows) == x.shape[0]
         threshold = round(probability * RANGE)
         site, self._site = self._site, self._site + 1
-        keep = torch.empty(tuple(shape), dtype=torch.bool, device=device)
+        keep = empty_mask(x)
         for row, window in zip(keep, self._windows, strict=True):
             seed = np.random.SeedSequence([*self._key, window, site])
-            if device.type == "cpu":
-                drawn = np.frombuffer(np.random.Generator(np.random.SFC64(seed)).bytes(2 * row.numel()), "<u2")
-                np.greater_equal(drawn, threshold, out=row.view(-1).numpy())
-            elif device.type != "meta":
-                generator = torch.Generator(device).manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
-                drawn_there = torch.randint(RANGE, row.shape, generator=generator, device=device, dtype=torch.int32)
-                torch.ge(drawn_there, threshold, out=row)
+            if x.device.type == "cpu":
+                drawn = np.random.SFC64(seed).random_raw(-(-row.numel() // 4)).astype("<u8", copy=False).view("<u2")
+                stays = drawn[: row.numel()] >= threshold
+                if keep.dtype == torch.bfloat16:
+                    np.multiply(stays, np.uint16(ONE), out=row.view(-1).view(torch.uint16).numpy())
+                else:
+                    row.copy_(torch.from_numpy(stays).view_as(row))
+            elif x.device.type != "meta":
+                generator = torch.Generator(x.device).manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+                drawn_there = torch.randint(RANGE, row.shape, generator=generator, device=x.device, dtype=torch.int32)
+                row.copy_(drawn_there >= threshold)
         return keep, RANGE / (RANGE - threshold)
+
+
+def empty_mask(x: Tensor) -> Tensor:
+    """Room for the mask of `x`: bool; or bfloat16 where `x` is, for torch is slow in multiplying it by another type."""
+    return torch.empty(x.shape, dtype=torch.bfloat16 if x.dtype == torch.bfloat16 else torch.bool, device=x.device)
 
 
 class Dropout(torch.nn.Module):
@@ -70,11 +80,11 @@ class Dropout(torch.nn.Module):
         """Drop elements of `x`, of any shape, and scale up the others; while evaluating, `x` itself."""
         if not self.training or self.p == 0:
             return x
-        return _Drop.apply(x, *self.noise.keep(x.shape, self.p, x.device))  # type: ignore[no-any-return, no-untyped-call]
+        return _Drop.apply(x, *self.noise.keep(x, self.p))  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Drop(torch.autograd.Function):
-    """x * mask * scale, with the mask kept in one byte an element."""
+    """x * mask * scale."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, keep: Tensor, scale: float) -> Tensor:

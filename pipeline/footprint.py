@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import bisect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from transformers.initialization import no_init_weights
 from transformers.masking_utils import sdpa_mask
 
 from pipeline import attention, cross_entropy, losses
-from pipeline.dropout import Noise
+from pipeline.dropout import Noise, empty_mask
 from pipeline.masters import Masters
 from pipeline.prepare import exchange, hidden_states, output_weights
 from pipeline.train import Params
@@ -220,8 +220,8 @@ class _Heap:
 class _Shapes(Noise):
     """Masks without numbers."""
 
-    def keep(self, shape: Sequence[int], probability: float, device: torch.device) -> tuple[Tensor, float]:
-        return torch.empty(tuple(shape), dtype=torch.bool, device=device), 1 / (1 - probability)
+    def keep(self, x: Tensor, probability: float) -> tuple[Tensor, float]:
+        return empty_mask(x), 1 / (1 - probability)
 
 
 def _attend(

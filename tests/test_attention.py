@@ -60,7 +60,7 @@ def test_dropped_weights_are_scaled_up_and_their_gradients_with_them():
     factors = torch.zeros(2, 4, 40, 40, dtype=torch.float64)
     for start in range(0, 40, 16):
         end = min(start + 16, 40)
-        keep, scale = again.keep((2, 4, end - start, end), 0.25, query.device)
+        keep, scale = again.keep(torch.empty(2, 4, end - start, end), 0.25)
         factors[:, :, start:end, :end] = keep * scale
     scores = (query @ key.mT * 0.3).masked_fill(torch.ones(40, 40, dtype=torch.bool).triu(1), -torch.inf)
     expected = (scores.softmax(-1) * factors @ value).transpose(1, 2)

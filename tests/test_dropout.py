@@ -6,14 +6,12 @@ import torch
 
 from pipeline.dropout import RANGE, Dropout, Noise
 
-CPU = torch.device("cpu")
 
-
-def mask(windows, *key, sites=0, probability=0.5, length=64):
+def mask(windows, *key, sites=0, probability=0.5, length=64, dtype=torch.float32):
     noise = Noise()
     noise.begin(windows, *key)
     for _ in range(sites + 1):
-        keep, _ = noise.keep((len(windows), length), probability, CPU)
+        keep, _ = noise.keep(torch.empty(len(windows), length, dtype=dtype), probability)
     return keep
 
 
@@ -35,11 +33,19 @@ def test_a_window_has_its_mask_in_any_company():
     assert torch.equal(together[1:2], mask([8], 1, 2))
 
 
+def test_the_masks_of_both_types_drop_the_same_and_are_the_generator_s_16_bit_numbers():
+    keep, numbers = mask([3], 1, 2, length=63), mask([3], 1, 2, length=63, dtype=torch.bfloat16)
+    assert keep.dtype == torch.bool and numbers.dtype == torch.bfloat16
+    assert torch.equal(keep.float(), numbers.float())
+    drawn = np.random.Generator(np.random.SFC64(np.random.SeedSequence([1, 2, 3, 0]))).bytes(2 * 63)
+    assert keep[0].tolist() == (np.frombuffer(drawn, "<u2") >= RANGE // 2).tolist()
+
+
 @pytest.mark.parametrize("probability", [0.001, 0.1, 0.5, 0.9])
 def test_the_share_that_stays_is_the_one_asked_for_and_the_scale_keeps_the_mean(probability):
     noise = Noise()
     noise.begin([0], 1)
-    keep, scale = noise.keep((1, 400_000), probability, CPU)
+    keep, scale = noise.keep(torch.empty(1, 400_000), probability)
     share = float(keep.float().mean())
     assert share == pytest.approx(1 - probability, abs=4 * np.sqrt(probability * (1 - probability) / 400_000))
     assert scale == pytest.approx(1 / (1 - probability), rel=2 / RANGE / (1 - probability))
