@@ -4,9 +4,9 @@
 
 With the model and the batch of params.yaml, on random documents:
 
-- checkpoints: blocks of steps with and without one saved in them, in turns; the share is that of a checkpoint at
+- checkpoints: blocks of steps with and without one saved in them, in turns; the share is that of a checkpoint every
   train.checkpoint_interval_steps.
-- deterministic algorithms: blocks of steps with and without them, in turns.
+- deterministic algorithms: single steps with and without them, in turns.
 - going on: from the end of the imports to the end of the first step after a checkpoint at step 10, and at step
   1,000,000 with as many rows.
 - SIGTERM: from the signal to the exit of a training process, and the longest step that it had done before.
@@ -19,19 +19,23 @@ import itertools
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-NUM_BLOCK_STEPS = 20
+NUM_BLOCK_STEPS = 10
+
+Way = Callable[[int], object]  # what is done before the steps of a block, given the step
 
 
 def make_project(folder: Path, **changes: Any) -> Any:
@@ -43,20 +47,41 @@ def make_project(folder: Path, **changes: Any) -> Any:
     return tiny.Project(folder, num_documents=6000, **(params | changes))
 
 
-def in_turns(trainer: Any, num_rounds: int, before: tuple[Callable[[int], None], Callable[[int], None]]) -> list[float]:
-    """Median seconds of a block of steps, for each of two ways to begin a block, in turns."""
+@dataclass(frozen=True)
+class Cost:
+    """What one way to train a block of steps takes more than another."""
+
+    extra_s: float  # a block, median over the rounds
+    low_s: float  # 95 % interval of that (bootstrap over the rounds)
+    high_s: float
+    step_s: float  # the other way, median
+
+    def share(self, num_steps: int) -> str:
+        """Of `num_steps` steps, with its interval."""
+        extra, low, high = (value / (self.step_s * num_steps) for value in (self.extra_s, self.low_s, self.high_s))
+        return f"{extra:+.2%} (95 % interval {low:+.2%} to {high:+.2%})"
+
+
+def in_turns(trainer: Any, num_rounds: int, num_steps: int, ways: tuple[Way, Way]) -> Cost:
+    """Train a block of steps the first way and one the second way, in each round in the other order.
+
+    A machine that is slower for a while is so for both blocks of a round, so their difference is what counts.
+    """
     from pipeline.loop import train_step
 
-    step, seconds = 0, ([], [])  # type: tuple[int, tuple[list[float], list[float]]]
-    for number in range(2 * num_rounds + 1):
-        began = time.perf_counter()
-        before[number % 2](step)
-        for _ in range(NUM_BLOCK_STEPS):
-            train_step(trainer, step, trainer.batches.batch_at(step))
-            step += 1
-        if number:  # the first one warms up
-            seconds[number % 2].append(time.perf_counter() - began)
-    return [statistics.median(each) for each in seconds]
+    step, seconds = 0, np.empty((num_rounds + 1, 2))
+    for number in range(num_rounds + 1):
+        for way in (0, 1) if number % 2 else (1, 0):
+            began = time.perf_counter()
+            ways[way](step)
+            for _ in range(num_steps):
+                train_step(trainer, step, trainer.batches.batch_at(step))
+                step += 1
+            seconds[number, way] = time.perf_counter() - began
+    differences = np.diff(seconds[1:]).ravel()  # the first round warms up
+    drawn = np.random.default_rng(1).choice(differences, (2000, num_rounds))
+    low_s, high_s = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
+    return Cost(float(np.median(differences)), low_s, high_s, float(np.median(seconds[1:, 0])) / num_steps)
 
 
 @contextmanager
@@ -98,18 +123,18 @@ def costs(num_rounds: int) -> None:
         def save(step: int) -> None:
             writer.save({"step": step}, fit.Standing(), best=False, checkpoint=True)
 
-        without, with_one = in_turns(writer.trainer, num_rounds, (lambda _: None, save))
+        checkpoint = in_turns(writer.trainer, num_rounds, NUM_BLOCK_STEPS, (lambda _: None, save))
         writer.background.wait()
         interval = writer.params.checkpoint_interval_steps
-        share = (with_one - without) / (without / NUM_BLOCK_STEPS * interval)
-        print(f"checkpoints: {with_one - without:+.3f} s each, {share:+.2%} of training at one every {interval} steps")
+        print(f"checkpoints, one every {interval} steps: {checkpoint.share(interval)}, {checkpoint.extra_s:.3f} s each")
 
-        free, exact = in_turns(
+        exact = in_turns(
             writer.trainer,
-            num_rounds,
+            num_rounds * NUM_BLOCK_STEPS,
+            1,
             (lambda _: torch.use_deterministic_algorithms(False), lambda _: torch.use_deterministic_algorithms(True)),
         )
-        print(f"deterministic algorithms: {exact / free - 1:+.2%} ({exact / NUM_BLOCK_STEPS:.3f} s a step)")
+        print(f"deterministic algorithms: {exact.share(1)} of a step of {exact.step_s:.3f} s")
 
 
 def resume(folder: Path) -> None:
@@ -180,7 +205,7 @@ def stopping() -> None:
 def main() -> None:
     """Measure everything, each in a process of its own."""
     parser = argparse.ArgumentParser(prog="python -m bench.promises", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--one", choices=["costs", "early", "late", "stopping"])
     parser.add_argument("--resume", type=Path)
     arguments = parser.parse_args()
