@@ -222,6 +222,9 @@ def run(num_tries: int, seed: int, lanes: int, only: str | None, table_file: Pat
     try:
         for done in [pool.submit(one, *item) for item in enumerate(plan(num_tries, seed, faults), 1)]:
             done.result()
+    except KeyboardInterrupt:
+        print("chaos: interrupted; the tries that run come to their end, no other begins", flush=True)
+        pool.shutdown(cancel_futures=True)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         server.end()
@@ -230,7 +233,9 @@ def run(num_tries: int, seed: int, lanes: int, only: str | None, table_file: Pat
     text = table(outcomes)
     print(text)
     if table_file:
-        about = f"{num_tries} tries, seed {seed}, {lanes} at a time, {(time.monotonic() - began) / 60:.0f} minutes; "
+        about = (
+            f"{len(outcomes)} tries, seed {seed}, {lanes} at a time, {(time.monotonic() - began) / 60:.0f} minutes; "
+        )
         table_file.write_text(f"{about}{time.strftime('%d %B %Y')}, {machine()}.\n\n{text}\n", encoding="utf-8")
     failed = sum(bool(outcome.problem) for outcome in outcomes)
     missed = sum(not outcome.struck and not outcome.not_here for outcome in outcomes)
@@ -239,7 +244,7 @@ def run(num_tries: int, seed: int, lanes: int, only: str | None, table_file: Pat
           f"{time.monotonic() - began:.0f} s")  # fmt: skip
     if not failed:
         shutil.rmtree(folder)
-    return 1 if failed else 0
+    return 1 if failed else 128 + signal.SIGINT if len(outcomes) < num_tries else 0
 
 
 def main() -> None:

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -274,7 +276,26 @@ def test_a_point_that_is_there_twice_is_a_difference(tmp_path):
     assert differences(once, published(tmp_path / "mlflow.db")) != []
 
 
-NUM_TRIES, SEED = 8, 26  # of thirty, at the price of two minutes; kills in checkpoints and in publishing among them
+def test_an_interrupted_campaign_counts_what_it_did(small, tmp_path, monkeypatch):
+    def cause(trial, _):
+        trial.prepare("train")
+        os.kill(os.getpid(), signal.SIGINT)
+        return trial.strike("kill", "pipeline.train", within=".last.partial")[0]
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(campaign, "prepare", lambda folder: small)
+    monkeypatch.setattr(campaign, "FAULTS", {"planted": Fault("planted", 1, cause)})
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        code = campaign.run(5, 1, lanes=1, only=None, table_file=tmp_path / "table.md")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert code == 130
+    about, _, *lines = (tmp_path / "table.md").read_text().splitlines()
+    assert about.startswith("1 tries, seed 1") and lines[-1].startswith("| all | 1 | 1 | 1 | 1 |")
+
+
+NUM_TRIES, SEED = 30, 1  # what `make chaos` runs
 
 
 @pytest.mark.slow
