@@ -143,10 +143,13 @@ def _add_input(found: Inventory, name: str, path: Path, md5: str) -> None:
 
 def _add_checkpoints(found: Inventory) -> None:
     """Every folder with a manifest under .runs, and checkpoints that lost theirs."""
-    folders = {manifest.parent for manifest in RUNS.rglob(MANIFEST)} | set(RUNS.glob("*/checkpoint-*"))
-    for folder in sorted(folders):
+    checkpoints = set(RUNS.glob("*/checkpoint-*"))
+    for folder in sorted({manifest.parent for manifest in RUNS.rglob(MANIFEST)} | checkpoints):
         try:
             manifest = files.read_json(folder / MANIFEST)
+            names, there = set(manifest), {file.relative_to(folder).as_posix() for file in files_under(folder)}
+            if folder in checkpoints and names - there and there - names > {MANIFEST}:
+                raise ValueError("a file that is there has another name in it")
             for name, digest in sorted(manifest.items()):
                 found.add(Record(inside(folder, name), "checkpoint", "checkpoint", digest))
         except FileNotFoundError:

@@ -177,9 +177,9 @@ def test_a_changed_checkpoint_is_named(here, name):
     assert found(here) == [f"{path}: checkpoint: missing"]
 
 
-def test_names_in_a_manifest_that_lead_out_of_its_folder_are_a_fault_of_the_manifest(here):
+def test_names_in_a_manifest_that_are_not_those_of_its_files_are_a_fault_of_the_manifest(here):
     path = Path(".runs/0123/checkpoint-00000100/manifest.json")
-    for name in ("../../../make.py", "/etc/hostname", ""):
+    for name in ("../../../make.py", "/etc/hostname", "", "state.js/n", "stade.json"):
         files.write_json(path, {name: "0" * 64})
         assert found(here) == [f"{path}: checkpoint: changed"]
 
