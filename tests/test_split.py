@@ -18,7 +18,8 @@ from pipeline.stage import Refusal
 from pipeline.tokenize import content_hash
 
 ROOT = Path(__file__).parent.parent
-PARAMS = {"validation_fraction": 0.2, "test_fraction": 0.1, "min_documents": 10, "seed": 1}
+LEAKAGE = {"ngram_size": 13, "near_duplicate_similarity": 0.8, "minhash_permutations": 128}
+PARAMS = {"validation_fraction": 0.2, "test_fraction": 0.1, "min_documents": 10, "leakage": LEAKAGE, "seed": 1}
 CLEAN = {
     "unicode_form": "NFC",
     "min_characters": 1,
@@ -133,9 +134,13 @@ def test_an_empty_corpus_is_refused():
         split.check_sizes(np.empty(0, np.uint64), params())
 
 
+OUTPUTS = ("tokens", "split", "split.json", "leakage.json")
+
+
 def write_tokens(folder, hashes):
     folder.mkdir(parents=True)
-    (folder / "tokens.bin").write_bytes(np.zeros(3 * len(hashes), "<u2").tobytes())
+    tokens = np.random.default_rng(0).integers(0, 300, 3 * len(hashes))
+    (folder / "tokens.bin").write_bytes(tokens.astype("<u2").tobytes())
     np.save(folder / "offsets.npy", np.arange(len(hashes) + 1) * 3)
     np.save(folder / "num_bytes.npy", np.full(len(hashes), 7))
     np.save(folder / "hashes.npy", hashes)
@@ -143,7 +148,7 @@ def write_tokens(folder, hashes):
 
 
 def test_every_document_is_on_exactly_one_side_in_ascending_order(tmp_path):
-    paths = {name: tmp_path / name for name in ("tokens", "split", "split.json")}
+    paths = {name: tmp_path / name for name in OUTPUTS}
     write_tokens(paths["tokens"], some_hashes(1000))
     split.main(paths, split=params())
     sides = [np.load(paths["split"] / f"{name}.npy", allow_pickle=False) for name in split.SIDES]
@@ -155,8 +160,28 @@ def test_every_document_is_on_exactly_one_side_in_ascending_order(tmp_path):
         assert report[name] == {"documents": len(side), "tokens": 3 * len(side), "bytes": 7 * len(side)}
 
 
+def test_what_the_sides_share_is_written_and_told(tmp_path, capsys):
+    paths = {name: tmp_path / name for name in OUTPUTS}
+    write_tokens(paths["tokens"], some_hashes(100))
+    split.main(paths, split=params())
+    report, told = files.read_json(paths["leakage.json"]), capsys.readouterr()
+    assert (report["ngram_size"], report["near_duplicate_similarity"]) == (13, 0.8)
+    assert told.out.startswith("split: train ") and told.err == ""
+    for side in ("validation", "test"):
+        size = len(np.load(paths["split"] / f"{side}.npy", allow_pickle=False))
+        assert report[side]["num_documents"] == size
+        assert report[side]["num_tokens"] == 3 * size
+        assert not any(count for name, count in report[side].items() if not name.startswith("num_"))
+
+    (paths["tokens"] / "tokens.bin").write_bytes(bytes(2 * 3 * 100))  # every document the same three tokens
+    split.main(paths, split=params())
+    found, told = files.read_json(paths["leakage.json"])["test"], capsys.readouterr()
+    assert found["exact_documents"] == found["near_duplicate_documents"] == found["num_documents"]
+    assert told.err.startswith("split: warning: training text also holds, of validation ")
+
+
 def test_a_refused_split_leaves_the_old_one(tmp_path):
-    paths = {name: tmp_path / name for name in ("tokens", "split", "split.json")}
+    paths = {name: tmp_path / name for name in OUTPUTS}
     write_tokens(paths["tokens"], some_hashes(20))
     paths["split"].mkdir()
     with pytest.raises(Refusal):

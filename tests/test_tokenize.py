@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from pipeline import bpe, corpus, documents, files, split, tokenize
+from pipeline import bpe, corpus, documents, files, leakage, split, tokenize
 from pipeline.model import Params as ModelParams
 from pipeline.stage import Refusal
 
 SCRATCH = ModelParams(base="scratch", revision=None)
-SPLIT = split.Params(validation_fraction=0.2, test_fraction=0.2, min_documents=1, seed=1)
+LEAKAGE = leakage.Params(ngram_size=13, near_duplicate_similarity=0.8, minhash_permutations=128)
+SPLIT = split.Params(validation_fraction=0.2, test_fraction=0.2, min_documents=1, leakage=LEAKAGE, seed=1)
 PARAMS = tokenize.Params(vocabulary_size=400, min_frequency=2)
 CONTROLS = ["<|endoftext|>", "<s>", "</s>", "<unk>", "[PAD]", "<|im_start|>", "Ġ", "Ċ"]
 NASTY = st.lists(
