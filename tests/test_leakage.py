@@ -49,10 +49,13 @@ def test_every_kind_of_leak_is_counted_as_what_it_is() -> None:
         "ngram_documents": 3,
         "ngram_tokens": 80 + 69 + 20,
     }
-    assert found["test"] == {"num_documents": 50, "num_tokens": 4000} | NONE | {"ngram_documents": 1, "ngram_tokens": 13}
+    assert found["test"] == {"num_documents": 50, "num_tokens": 4000} | NONE | {
+        "ngram_documents": 1,
+        "ngram_tokens": 13,
+    }
     assert leakage.warning(found) == (
-        "training text also holds, of validation 1 documents exactly, 2 nearly, 3 of 40 by 13 tokens in a row (5.3 % of "
-        "its tokens); of test 0 documents exactly, 0 nearly, 1 of 50 by 13 tokens in a row (0.3 % of its tokens); "
+        "training text also holds, of validation 1 documents exactly, 2 nearly, 3 of 40 by 13 tokens in a row (5.3 % "
+        "of its tokens); of test 0 documents exactly, 0 nearly, 1 of 50 by 13 tokens in a row (0.3 % of its tokens); "
         "see docs/guide.md#leakage"
     )
 
