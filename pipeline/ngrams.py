@@ -23,7 +23,7 @@ from pipeline.overlap import Hashes, Tokens
 Mask = npt.NDArray[np.bool_]
 Places = npt.NDArray[np.intp]
 
-BLOCK_TOKENS = 2**22  # of the documents asked about, for every pass over the others; takes about 100 bytes each
+BLOCK_TOKENS = 2**22  # of the documents asked about, for every pass over the others; takes about 80 bytes each
 TABLE_BYTES = 8  # for every hash: more sort more of the other windows out, without a search
 
 
