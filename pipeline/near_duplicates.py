@@ -42,7 +42,11 @@ _WORD = re.compile(f"[{_SPACELESS}]|[^\\s{_SPACELESS}]+")
 
 
 class NearDuplicates:
-    """Remembers the documents kept so far, and tells which of the next ones resemble none of them."""
+    """Remembers documents, and tells which others resemble them.
+
+    `first_of_their_kind` keeps one of each kind. `add` and `found_in` look for the documents of one set in another one:
+    add the smaller, search the larger.
+    """
 
     def __init__(self, similarity: float, num_permutations: int) -> None:
         self.num_permutations = num_permutations
@@ -59,16 +63,38 @@ class NearDuplicates:
 
         A text that resembles only texts that were dropped is kept: its duplicate is not in the result.
         """
-        parts = [texts[start : start + BATCH] for start in range(0, len(texts), BATCH)]
-        kept = [self._batch(signatures(part, self.num_permutations)) for part in parts]
+        kept = [self._batch(*batch) for batch in self._batches(texts)]
         return np.concatenate(kept) if kept else np.empty(0, np.bool_)
 
-    def _batch(self, signatures_NP: Signatures) -> Mask:
-        keys_NK = self._band_keys(signatures_NP)
+    def add(self, texts: Sequence[str]) -> None:
+        """Remember all of the texts, whatever they resemble; they are numbered from 0, in order, over all calls."""
+        for batch in self._batches(texts):
+            self._add(*batch)
+
+    def found_in(self, texts: Sequence[str]) -> Ints:
+        """The numbers of the remembered documents that resemble one of the texts; what was found is forgotten.
+
+        Otherwise, time would grow with the square of the documents of one kind.
+        """
+        found = np.zeros(self._num_kept, np.bool_)
+        for batch in self._batches(texts):
+            num_found = np.count_nonzero(found)
+            for _, kept in self._alike(*batch):
+                found[kept] = True
+            if np.count_nonzero(found) > num_found:
+                runs = [(keys, documents, ~found[documents]) for keys, documents in self._runs]
+                self._runs = [(keys[left], documents[left]) for keys, documents, left in runs]
+        return np.flatnonzero(found)
+
+    def _batches(self, texts: Sequence[str]) -> Iterator[tuple[Signatures, Keys]]:
+        for start in range(0, len(texts), BATCH):
+            signatures_NP = signatures(texts[start : start + BATCH], self.num_permutations)
+            yield signatures_NP, self._band_keys(signatures_NP)
+
+    def _batch(self, signatures_NP: Signatures, keys_NK: Keys) -> Mask:
         new_N = np.ones(len(signatures_NP), np.bool_)
-        for rows, kept in self._pairs(keys_NK):
-            equal = np.count_nonzero(signatures_NP[rows] == self._signatures[kept], axis=1)
-            new_N[rows[equal >= self.num_equal]] = False
+        for rows, _ in self._alike(signatures_NP, keys_NK):
+            new_N[rows] = False
 
         # Within the batch: the documents that share a band with another, each against those before it.
         _, inverse, counts = np.unique(keys_NK, return_inverse=True, return_counts=True)
@@ -91,6 +117,13 @@ class NearDuplicates:
             keys_NK = (keys_NK ^ bands_NKR[:, :, row]) * ODD
             keys_NK ^= keys_NK >> np.uint64(29)
         return keys_NK
+
+    def _alike(self, signatures_NP: Signatures, keys_NK: Keys) -> Iterator[tuple[Ints, Ints]]:
+        """Pairs (row of the batch, remembered document) that are near-duplicates."""
+        for rows, kept in self._pairs(keys_NK):
+            equal = np.count_nonzero(signatures_NP[rows] == self._signatures[kept], axis=1)
+            alike = equal >= self.num_equal
+            yield rows[alike], kept[alike]
 
     def _pairs(self, keys_NK: Keys) -> Iterator[tuple[Ints, Ints]]:
         """Pairs (row of the batch, kept document) that agree in a band, in pieces of bounded size."""

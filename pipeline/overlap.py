@@ -67,18 +67,18 @@ def _first_starts(
     """Where the first window of lengths[i] tokens begins in text i that occurs in the corpus, if one does."""
     by_length: dict[int, Windows] = defaultdict(lambda: defaultdict(list))
     longest = max(lengths.values())
-    powers, inverses = _powers(CHUNK_TOKENS + max(map(len, texts)))
+    powers, inverses = powers_of_base(CHUNK_TOKENS + max(map(len, texts)))
     for i, length in lengths.items():
-        for start, key in enumerate(_window_hashes(_prefix_sums(texts[i], powers), length, inverses).tolist()):
+        for start, key in enumerate(window_hashes(prefix_sums(texts[i], powers), length, inverses).tolist()):
             by_length[length][key].append((i, start))
     occurring: dict[int, int] = {}
     for begin in range(0, len(corpus.tokens), CHUNK_TOKENS):
         tokens: Tokens = np.asarray(corpus.tokens[begin : begin + CHUNK_TOKENS + longest - 1])
-        sums = _prefix_sums(tokens, powers)
+        sums = prefix_sums(tokens, powers)
         for length, wanted in by_length.items():
-            hashes = _window_hashes(sums, length, inverses)[:CHUNK_TOKENS]
+            hashes = window_hashes(sums, length, inverses)[:CHUNK_TOKENS]
             hits = _members(hashes, wanted)
-            hits = hits[_lie_in_one_document(begin + hits, length, corpus, searched)]
+            hits = hits[lie_in_one_document(begin + hits, length, corpus, searched)]
             for i, start in _verified(hits, hashes, tokens, length, texts, wanted):
                 occurring[i] = min(start, occurring.get(i, start))
     return occurring
@@ -116,7 +116,7 @@ def _members(hashes: Hashes, wanted: Windows) -> npt.NDArray[np.intp]:
     return hits[np.isin(hashes[hits], keys)]
 
 
-def _lie_in_one_document(
+def lie_in_one_document(
     positions: Ints, length: int, corpus: Corpus, searched: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.bool_]:
     """Whether the windows that begin at these positions of the corpus end in the same, searched, document."""
@@ -125,7 +125,7 @@ def _lie_in_one_document(
     return inside
 
 
-def _powers(count: int) -> tuple[Hashes, Hashes]:
+def powers_of_base(count: int) -> tuple[Hashes, Hashes]:
     """BASE**(i+1) and BASE**-i modulo 2**64; i+1 spreads single tokens over the highest bits too."""
     inverse = pow(BASE, -1, 2**64)
     powers = np.full(count, BASE, dtype=np.uint64)
@@ -134,14 +134,14 @@ def _powers(count: int) -> tuple[Hashes, Hashes]:
     return np.multiply.accumulate(powers), np.multiply.accumulate(inverses)
 
 
-def _prefix_sums(tokens: Tokens, powers: Hashes) -> Hashes:
+def prefix_sums(tokens: Tokens, powers: Hashes) -> Hashes:
     """Sums of tokens[j] * BASE**(j+1) over j < i, for i from 0 to all; arithmetic modulo 2**64 throughout."""
     sums = np.zeros(len(tokens) + 1, dtype=np.uint64)
     np.cumsum(tokens.astype(np.uint64) * powers[: len(tokens)], out=sums[1:])
     return sums
 
 
-def _window_hashes(sums: Hashes, length: int, inverses: Hashes) -> Hashes:
+def window_hashes(sums: Hashes, length: int, inverses: Hashes) -> Hashes:
     """Hash of every window of `length` tokens: equal tokens have equal hashes wherever the window begins."""
     differences = sums[length:] - sums[:-length]
     return differences * inverses[: len(differences)]

@@ -2,30 +2,30 @@
 
 In:  data/tokens (the content hashes of the documents)
 Out: data/split/train.npy, validation.npy, test.npy (int64 document indices into data/tokens, ascending),
-     reports/split.json
+     reports/split.json, reports/leakage.json (what validation and test share with train)
 
     python -m pipeline.split
 
 A document's side depends on its text, the seed and the fractions, on nothing else: adding or removing other
 documents, or changing their order, never moves it. Changing one fraction exchanges documents between that
-side and train only. Near-duplicates cannot end on two sides, because `clean` has left only one of each.
+side and train only. Near-duplicates cannot end on two sides, because `clean` has left only one of each; what the sides
+share all the same is measured here, before anything is trained.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import numpy.typing as npt
 import pydantic
 
-from pipeline import corpus, files, stage
+from pipeline import corpus, files, leakage, stage
+from pipeline.leakage import Params as LeakageParams
+from pipeline.sides import SIDES, TRAIN, Hashes, place_of, side_of
 
 Ints = npt.NDArray[np.int64]
-Hashes = npt.NDArray[np.uint64]
-
-SIDES = ("train", "validation", "test")
-TRAIN, VALIDATION, TEST = range(3)
 
 
 class Params(stage.Params):
@@ -34,6 +34,7 @@ class Params(stage.Params):
     validation_fraction: float = pydantic.Field(gt=0, lt=1)
     test_fraction: float = pydantic.Field(gt=0, lt=1)
     min_documents: int = pydantic.Field(ge=1)
+    leakage: LeakageParams
     seed: int = pydantic.Field(ge=0, lt=2**63)
 
     @pydantic.model_validator(mode="after")
@@ -45,38 +46,6 @@ class Params(stage.Params):
                 "keep their sum below 1 (0.1 and 0.1 are usual)"
             )
         return self
-
-
-def side_of(hashes: Hashes, split: Params) -> npt.NDArray[np.int8]:
-    """The side of each document, as an index into SIDES, from its content hash.
-
-    Validation takes the lowest places of [0, 2**64), test the highest, train what lies between.
-    """
-    places = place_of(hashes, split.seed)
-    sides = np.full(len(places), TRAIN, np.int8)
-    sides[places < _share(split.validation_fraction)] = VALIDATION
-    sides[~places < _share(split.test_fraction)] = TEST
-    return sides
-
-
-def place_of(hashes: Hashes, seed: int) -> Hashes:
-    """A place in [0, 2**64) for each document: a bijection of its hash, another one for every seed.
-
-    The mixing function is the finalizer of splitmix64 (Steele, Lea and Flood 2014).
-    """
-    return _mixed(hashes ^ _mixed(np.array([seed], np.uint64)))
-
-
-def _mixed(values: Hashes) -> Hashes:
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def _share(fraction: float) -> np.uint64:
-    """That fraction of 2**64, exactly: a power of two only moves the exponent."""
-    return np.uint64(int(fraction * 2.0**64))
 
 
 def check_sizes(hashes: Hashes, split: Params) -> None:
@@ -132,14 +101,14 @@ def _above(place: np.uint64) -> float:
 
 
 def main(paths: stage.Paths, split: Params) -> None:
-    """Split data/tokens into data/split, and write the sizes."""
+    """Split data/tokens into data/split, write the sizes and what the sides share, and warn if that is anything."""
     documents = corpus.load(paths["tokens"])
     check_sizes(documents.hashes, split)
-    sides = side_of(documents.hashes, split)
+    side_D = side_of(documents.hashes, split)
+    sides = {name: np.flatnonzero(side_D == side).astype(np.int64) for side, name in enumerate(SIDES)}
     report = {}
     with files.whole_folder(paths["split"]) as folder:
-        for side, name in enumerate(SIDES):
-            chosen = np.flatnonzero(sides == side).astype(np.int64)
+        for name, chosen in sides.items():
             np.save(folder / f"{name}.npy", chosen, allow_pickle=False)
             report[name] = {
                 "documents": len(chosen),
@@ -148,6 +117,10 @@ def main(paths: stage.Paths, split: Params) -> None:
             }
     files.write_json(paths["split.json"], report)
     print("split: " + ", ".join(f"{name} {sizes['documents']:,}" for name, sizes in report.items()) + " documents")
+    shared = leakage.report(documents, sides, split.leakage)
+    files.write_json(paths["leakage.json"], shared)
+    if (found := leakage.warning(shared)) is not None:
+        print(f"split: warning: {found}", file=sys.stderr)
 
 
 if __name__ == "__main__":

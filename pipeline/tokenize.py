@@ -26,11 +26,12 @@ from tqdm import tqdm
 from pipeline import bpe, documents, files, stage
 from pipeline.model import Params as ModelParams
 from pipeline.model import load_tokenizer
-from pipeline.split import TRAIN, side_of
-from pipeline.split import Params as SplitParams
+from pipeline.sides import TRAIN, side_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from pipeline.split import Params as SplitParams
 
 REASONS = ("empty", "control_token")
 

@@ -50,6 +50,10 @@ def write(folder: Path, seed: int = 0) -> Path:
     reports = folder / "reports"
     for name in ("ingest", "clean", "tokenize", "split"):
         files.write_json(reports / f"{name}.json", {"stage": name})
+    shared = {"exact_documents": 0, "near_duplicate_documents": 0, "ngram_documents": 0, "ngram_tokens": 0}
+    sizes = {"num_documents": 1, "num_tokens": 9}
+    leakage = {"ngram_size": 13, "near_duplicate_similarity": 0.8, "validation": sizes | shared, "test": sizes | shared}
+    files.write_json(reports / "leakage.json", leakage)
     files.write_text(reports / "train.jsonl", jsonl(rows()))
     files.write_text(reports / "curves" / "training.csv", "step,loss\n")
     numbers = {"perplexity": 200.3, "bits_per_byte": 2.1, "num_tokens": 9, "num_documents": 1, "loss_ci95": [5.0, 5.6]}

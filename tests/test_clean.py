@@ -188,6 +188,30 @@ def test_the_search_misses_no_pair_that_comparing_all_with_all_finds(
     assert np.flatnonzero(np.concatenate(parts)).tolist() == kept
 
 
+@pytest.mark.parametrize("similarity", [0.5, 0.8, 1.0])
+@pytest.mark.parametrize("max_pairs", [7, 2**15])
+def test_the_documents_found_in_another_set_are_those_that_comparing_all_with_all_finds(
+    monkeypatch, similarity, max_pairs
+):
+    monkeypatch.setattr(near_duplicates, "MAX_PAIRS", max_pairs)
+    monkeypatch.setattr(near_duplicates, "BATCH", 40)
+    rng = random.Random(1)
+    bases = [sentence(rng, 30).split() for _ in range(25)]
+    texts = [" ".join(word if rng.random() < 0.97 else "new" for word in rng.choice(bases)) for _ in range(300)]
+    texts += [sentence(rng, 30) for _ in range(100)]
+    rng.shuffle(texts)
+    some, others = texts[:150], texts[150:]
+    sketches = signatures(texts, 50)
+    equal = np.count_nonzero(sketches[:150, None] == sketches[None, 150:], axis=2)
+    expected = np.flatnonzero((equal >= math.ceil(similarity * 50)).any(axis=1))
+    assert 0 < len(expected) < 150
+    search = NearDuplicates(similarity, 50)
+    search.add(some[:60])
+    search.add(some[60:])
+    found = np.concatenate([search.found_in(others[:7]), search.found_in(others[7:])])
+    assert sorted(found) == expected.tolist()  # each once: what was found is forgotten
+
+
 def test_the_index_returns_every_pair_that_agrees_in_a_band(monkeypatch):
     monkeypatch.setattr(near_duplicates, "MAX_PAIRS", 3)
     sketches = np.random.default_rng(1).integers(0, 3, (60, 16)).astype(np.uint32)

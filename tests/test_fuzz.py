@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from pipeline import clean, corpus, documents, ingest, stage, tokenize
+from pipeline.leakage import Params as LeakageParams
 from pipeline.model import Params as ModelParams
 from pipeline.records import Tally
 from pipeline.sources import read_file
@@ -36,6 +37,7 @@ from tests.test_sources import CONTENT
 
 EXAMPLES = int(os.environ.get("EXAMPLES", "20"))
 FUZZ = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+LEAKAGE = LeakageParams(ngram_size=13, near_duplicate_similarity=0.8, minhash_permutations=128)
 INGEST: dict[str, Any] = {
     "source": "files",
     "demo_documents": 1,
@@ -149,7 +151,7 @@ def test_every_document_of_any_folder_is_found_in_the_tokens_or_dropped_by_a_cou
         try:
             ingest.main(paths, ingest.Params(**INGEST | changes))
             clean.main(paths, clean.Params(**CLEAN | {"unicode_form": form}))
-            split = SplitParams(validation_fraction=0.2, test_fraction=0.2, min_documents=1, seed=1)
+            split = SplitParams(validation_fraction=0.2, test_fraction=0.2, min_documents=1, leakage=LEAKAGE, seed=1)
             base = ModelParams(base="scratch", revision=None)
             tokenize.main(paths, base, split, tokenize.Params(vocabulary_size=300, min_frequency=2))
         finally:  # refused or not, there is nothing half done

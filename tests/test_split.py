@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from pipeline import clean, documents, files, split
 from pipeline.near_duplicates import signatures
+from pipeline.sides import SIDES, TEST, TRAIN, VALIDATION, _mixed, place_of, side_of
 from pipeline.stage import Refusal
 from pipeline.tokenize import content_hash
 
 ROOT = Path(__file__).parent.parent
-PARAMS = {"validation_fraction": 0.2, "test_fraction": 0.1, "min_documents": 10, "seed": 1}
+LEAKAGE = {"ngram_size": 13, "near_duplicate_similarity": 0.8, "minhash_permutations": 128}
+PARAMS = {"validation_fraction": 0.2, "test_fraction": 0.1, "min_documents": 10, "leakage": LEAKAGE, "seed": 1}
 CLEAN = {
     "unicode_form": "NFC",
     "min_characters": 1,
@@ -44,7 +46,7 @@ def sides_of_texts(texts):
     """Each kept text and its side, as the stages clean, tokenize and split decide it."""
     kept = list(clean.cleaned([texts], clean.Params.model_validate(CLEAN), clean.Tally()))
     hashes = np.array([content_hash(sha256) for _, sha256 in kept], np.uint64)
-    return dict(zip((text for text, _ in kept), split.side_of(hashes, params()).tolist(), strict=True))
+    return dict(zip((text for text, _ in kept), side_of(hashes, params()).tolist(), strict=True))
 
 
 @settings(deadline=None)
@@ -63,20 +65,20 @@ def test_adding_documents_anywhere_moves_no_other_document(texts, additions):
 
 @given(HASHES, HASHES, st.integers(0, 2**63 - 1))
 def test_the_side_of_a_document_depends_on_no_other_document(some, others, seed):
-    alone = split.side_of(some, params(seed=seed))
-    together = split.side_of(np.concatenate([others, some]), params(seed=seed))
+    alone = side_of(some, params(seed=seed))
+    together = side_of(np.concatenate([others, some]), params(seed=seed))
     assert (together[len(others) :] == alone).all()
 
 
 @given(st.integers(0, 2**32), SHARES, SHARES, SHARES)
 def test_changing_one_fraction_exchanges_documents_with_train_only(seed, validation, test, other):
     hashes = some_hashes(200, seed)
-    before = split.side_of(hashes, params(validation_fraction=validation, test_fraction=test))
-    for changes, side in (({"test_fraction": test}, split.VALIDATION), ({"test_fraction": other}, split.TEST)):
-        fractions = {"validation_fraction": other if side == split.VALIDATION else validation} | changes
-        after = split.side_of(hashes, params(**fractions))
+    before = side_of(hashes, params(validation_fraction=validation, test_fraction=test))
+    for changes, side in (({"test_fraction": test}, VALIDATION), ({"test_fraction": other}, TEST)):
+        fractions = {"validation_fraction": other if side == VALIDATION else validation} | changes
+        after = side_of(hashes, params(**fractions))
         moved = before != after
-        assert set(before[moved]) | set(after[moved]) <= {split.TRAIN, side}
+        assert set(before[moved]) | set(after[moved]) <= {TRAIN, side}
 
 
 def test_the_sides_have_their_fractions_of_the_documents():
@@ -85,15 +87,15 @@ def test_the_sides_have_their_fractions_of_the_documents():
 
 
 def test_two_seeds_split_independently():
-    one, other = (split.side_of(some_hashes(100_000), params(seed=seed)) for seed in (1, 2))
-    both = np.mean((one == split.VALIDATION) & (other == split.VALIDATION))
+    one, other = (side_of(some_hashes(100_000), params(seed=seed)) for seed in (1, 2))
+    both = np.mean((one == VALIDATION) & (other == VALIDATION))
     assert abs(both - 0.2 * 0.2) < 0.005
 
 
 def test_places_are_the_same_on_every_machine():
     # The finalizer of splitmix64 is well known: from state 0 its first output is e220a8397b1dcdaf.
-    assert hex(split._mixed(np.zeros(1, np.uint64))[0]) == "0xe220a8397b1dcdaf"
-    places = split.place_of(np.array([0, 1, 2**64 - 1], np.uint64), seed=1)
+    assert hex(_mixed(np.zeros(1, np.uint64))[0]) == "0xe220a8397b1dcdaf"
+    places = place_of(np.array([0, 1, 2**64 - 1], np.uint64), seed=1)
     assert [hex(place) for place in places] == ["0x5e41ab087439611e", "0xe9fd6049d65af21e", "0xa562df66c82c649a"]
 
 
@@ -133,9 +135,13 @@ def test_an_empty_corpus_is_refused():
         split.check_sizes(np.empty(0, np.uint64), params())
 
 
+OUTPUTS = ("tokens", "split", "split.json", "leakage.json")
+
+
 def write_tokens(folder, hashes):
     folder.mkdir(parents=True)
-    (folder / "tokens.bin").write_bytes(np.zeros(3 * len(hashes), "<u2").tobytes())
+    tokens = np.random.default_rng(0).integers(0, 300, 3 * len(hashes))
+    (folder / "tokens.bin").write_bytes(tokens.astype("<u2").tobytes())
     np.save(folder / "offsets.npy", np.arange(len(hashes) + 1) * 3)
     np.save(folder / "num_bytes.npy", np.full(len(hashes), 7))
     np.save(folder / "hashes.npy", hashes)
@@ -143,20 +149,40 @@ def write_tokens(folder, hashes):
 
 
 def test_every_document_is_on_exactly_one_side_in_ascending_order(tmp_path):
-    paths = {name: tmp_path / name for name in ("tokens", "split", "split.json")}
+    paths = {name: tmp_path / name for name in OUTPUTS}
     write_tokens(paths["tokens"], some_hashes(1000))
     split.main(paths, split=params())
-    sides = [np.load(paths["split"] / f"{name}.npy", allow_pickle=False) for name in split.SIDES]
+    sides = [np.load(paths["split"] / f"{name}.npy", allow_pickle=False) for name in SIDES]
     assert sorted(np.concatenate(sides)) == list(range(1000))
     report = files.read_json(paths["split.json"])
-    for name, side in zip(split.SIDES, sides, strict=True):
+    for name, side in zip(SIDES, sides, strict=True):
         assert side.dtype == np.int64
         assert (np.diff(side) > 0).all()
         assert report[name] == {"documents": len(side), "tokens": 3 * len(side), "bytes": 7 * len(side)}
 
 
+def test_what_the_sides_share_is_written_and_told(tmp_path, capsys):
+    paths = {name: tmp_path / name for name in OUTPUTS}
+    write_tokens(paths["tokens"], some_hashes(200))
+    split.main(paths, split=params())
+    report, told = files.read_json(paths["leakage.json"]), capsys.readouterr()
+    assert (report["ngram_size"], report["near_duplicate_similarity"]) == (13, 0.8)
+    assert told.out.startswith("split: train ") and told.err == ""
+    for side in ("validation", "test"):
+        size = len(np.load(paths["split"] / f"{side}.npy", allow_pickle=False))
+        assert report[side]["num_documents"] == size
+        assert report[side]["num_tokens"] == 3 * size
+        assert not any(count for name, count in report[side].items() if not name.startswith("num_"))
+
+    (paths["tokens"] / "tokens.bin").write_bytes(bytes(2 * 3 * 200))  # every document the same three tokens
+    split.main(paths, split=params())
+    found, told = files.read_json(paths["leakage.json"])["test"], capsys.readouterr()
+    assert found["exact_documents"] == found["near_duplicate_documents"] == found["num_documents"]
+    assert told.err.startswith("split: warning: training text also holds, of validation ")
+
+
 def test_a_refused_split_leaves_the_old_one(tmp_path):
-    paths = {name: tmp_path / name for name in ("tokens", "split", "split.json")}
+    paths = {name: tmp_path / name for name in OUTPUTS}
     write_tokens(paths["tokens"], some_hashes(20))
     paths["split"].mkdir()
     with pytest.raises(Refusal):
@@ -184,7 +210,7 @@ def test_no_two_near_duplicates_lie_on_different_sides():
     sides = sides_of_texts(documents_with_near_duplicates())
     sketches = signatures(list(sides), 128)
     side = np.array(list(sides.values()))
-    assert set(side) == {split.TRAIN, split.VALIDATION, split.TEST}
+    assert set(side) == {TRAIN, VALIDATION, TEST}
     most_alike = 0
     for index in range(len(sides)):
         across = np.count_nonzero(sketches[side != side[index]] == sketches[index], axis=1)

@@ -9,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from pipeline import bpe, corpus, documents, files, split, tokenize
+from pipeline import bpe, corpus, documents, files, leakage, split, tokenize
 from pipeline.model import Params as ModelParams
+from pipeline.sides import TRAIN, side_of
 from pipeline.stage import Refusal
 
 SCRATCH = ModelParams(base="scratch", revision=None)
-SPLIT = split.Params(validation_fraction=0.2, test_fraction=0.2, min_documents=1, seed=1)
+LEAKAGE = leakage.Params(ngram_size=13, near_duplicate_similarity=0.8, minhash_permutations=128)
+SPLIT = split.Params(validation_fraction=0.2, test_fraction=0.2, min_documents=1, leakage=LEAKAGE, seed=1)
 PARAMS = tokenize.Params(vocabulary_size=400, min_frequency=2)
 CONTROLS = ["<|endoftext|>", "<s>", "</s>", "<unk>", "[PAD]", "<|im_start|>", "Ġ", "Ċ"]
 NASTY = st.lists(
@@ -47,7 +49,7 @@ def run(folder, texts, model=SCRATCH, params=PARAMS):
 
 def side(text):
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return split.side_of(np.array([tokenize.content_hash(digest)], np.uint64), SPLIT)[0]
+    return side_of(np.array([tokenize.content_hash(digest)], np.uint64), SPLIT)[0]
 
 
 def load(folder):
@@ -129,8 +131,8 @@ def test_the_stage_writes_what_the_corpus_reads(tmp_path):
 
 def test_the_tokenizer_learns_from_training_documents_alone(tmp_path):
     texts = sentences(200)
-    train = [text for text in texts if side(text) == split.TRAIN]
-    others = [text for text in sentences(200, seed=1) if side(text) != split.TRAIN]
+    train = [text for text in texts if side(text) == TRAIN]
+    others = [text for text in sentences(200, seed=1) if side(text) != TRAIN]
     written = []
     for name, documents_there in {"texts": texts, "others": train + others, "train": train}.items():
         run(tmp_path / name, documents_there)
@@ -141,7 +143,7 @@ def test_the_tokenizer_learns_from_training_documents_alone(tmp_path):
 
 
 def test_without_training_documents_the_vocabulary_is_the_bytes(tmp_path):
-    texts = [text for text in sentences(100) if side(text) != split.TRAIN]
+    texts = [text for text in sentences(100) if side(text) != TRAIN]
     tokens, _ = run(tmp_path, texts)
     assert tokens.vocabulary_size == bpe.SMALLEST_VOCABULARY
     assert (tokens.lengths == tokens.num_bytes).all()
