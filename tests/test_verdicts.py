@@ -1,16 +1,18 @@
 """Verdicts are right: on curves that a seed draws, and on real runs of this pipeline that were made to get them."""
 
+import json
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from bench import curves, recipes, synthetic, verdicts
-from pipeline import stage
+from pipeline.thresholds import Thresholds
 from tests.closure import ROOT
 
-LIMITS = stage.params_class("evaluate").model_validate(
-    stage._read_yaml(ROOT / "params.yaml")["evaluate"]
-).thresholds
+LIMITS = Thresholds.model_validate(
+    YAML(typ="safe", pure=True).load(ROOT / "params.yaml")["evaluate"]["thresholds"]
+)
 
 
 def scores(cases):
@@ -90,6 +92,6 @@ def test_a_recipe_becomes_a_curve(tmp_path: Path):
     """The quickest of them, in this process: all stages but publish, for real."""
     one = next(recipe for recipe in recipes.recipes() if recipe.name == "non_finite-0")
     curves.record(one, tmp_path / "curve.json")
-    again = verdicts.json.loads((tmp_path / "curve.json").read_text())
+    again = json.loads((tmp_path / "curve.json").read_text())
     assert again["verdicts"] == ["non_finite"]
     assert verdicts.findings(again, LIMITS) == {"non_finite": 1.0}
