@@ -1,7 +1,7 @@
 """Tiny runs of this pipeline whose verdict is known beforehand, because they were made to get it.
 
-Each recipe is the parameters and the text of one run. Labels are what the run was made for, never what the rules say of it:
-`verdicts` must hold, those of `may` can hold as well, all others must not.
+Each recipe is the parameters and the text of one run. Labels are what the run was made for, never what the rules say
+of it: `verdicts` must hold, those of `may` can hold as well, all others must not.
 """
 
 from __future__ import annotations

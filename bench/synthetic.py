@@ -149,9 +149,16 @@ def _with_shape(run: Run, verdict: str) -> None:
 CHANGES: dict[str, Callable[[Run], None]] = {
     change.__name__: change
     for change in (
-        underfitting, overfitting, diverging, loss_spike, non_finite, leakage_suspected, validation_too_small, memorising,
+        underfitting,
+        overfitting,
+        diverging,
+        loss_spike,
+        non_finite,
+        leakage_suspected,
+        validation_too_small,
+        memorising,
     )
-}  # fmt: skip
+}
 
 
 def recorded(run: Run) -> dict[str, Any]:
@@ -184,8 +191,16 @@ def recorded(run: Run) -> dict[str, Any]:
             "validation": side,
             "test": side,
             "generalisation_gap": {"loss": gap, "loss_ci95": [gap - width, gap + width]},
-            "baselines": {"validation": {"unigram": loss + run.margin, "initial": run.validation[0], "last": loss + run.risen}},
+            "baselines": {
+                "validation": {
+                    "unigram": loss + run.margin,
+                    "initial": run.validation[0],
+                    "last": loss + run.risen,
+                }
+            },
         },
         "leakage": {"validation": documents, "test": documents},
-        "samples": [{"memorised": n < round(20 * run.memorised), "longest_overlap_num_tokens": n} for n in range(20)],
+        "samples": [
+            {"memorised": n < round(20 * run.memorised), "longest_overlap_num_tokens": 60 - n} for n in range(20)
+        ],
     }

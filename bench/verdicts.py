@@ -3,9 +3,9 @@
     python -m bench.verdicts            # the tables, and every curve that was judged wrongly
     python -m bench.verdicts --write    # the tables into docs/verdicts.md
 
-Of a verdict counts how often it was given where its label says so (recall), and how often its label says so where it was
-given (precision). A label can leave it open; then it counts as neither. The curves whose name has a hash divisible by three
-are held back: thresholds were chosen without them.
+Of a verdict counts how often it was given where a label says so (recall), and how often a label says so where it was
+given (precision). A label can leave it open; then it counts as neither. The curves whose names have a hash divisible
+by three are held back: thresholds were chosen without them.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def by_confidence(cases: Mapping[str, Mapping[str, Any]], found: Mapping[str, Ma
     sure, unsure = [], []
     for name, curve in cases.items():
         for verdict, confidence in found[name].items():
-            (sure if confidence > 0.9 else unsure).append(verdict in {*curve["verdicts"], *curve["may"]})
+            right = verdict in curve["verdicts"] or verdict in curve["may"]
+            (sure if confidence > 0.9 else unsure).append(right)
     return (
         f"Of the {len(sure)} verdicts with a confidence above 0.9, {sum(sure) / max(1, len(sure)):.1%} are in the label; "
         f"of the other {len(unsure)}, {sum(unsure) / max(1, len(unsure)):.1%}."

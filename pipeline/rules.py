@@ -65,8 +65,8 @@ RULES = (
     ),
     Rule(
         "overfitting",
-        "Validation loss ended more than `rise` above its lowest while training loss did not, or it no longer falls and "
-        "the gap between them is above `overfitting_gap`.",
+        "Validation loss ended more than `rise` above its lowest while training loss did not, "
+        "or it no longer falls and the gap between them is above `overfitting_gap`.",
         lambda facts, limits: (
             (facts.validation_rise > limits.rise and facts.train_rise <= limits.rise)
             or (facts.gap > limits.overfitting_gap and facts.recent_gain <= limits.flat_change)
