@@ -101,8 +101,8 @@ def by_confidence(cases: Mapping[str, Mapping[str, Any]], found: Mapping[str, Ma
             right = verdict in curve["verdicts"] or verdict in curve["may"]
             (sure if confidence > 0.9 else unsure).append(right)
     return (
-        f"Of the {len(sure)} verdicts with a confidence above 0.9, {sum(sure) / max(1, len(sure)):.1%} are in the label; "
-        f"of the other {len(unsure)}, {sum(unsure) / max(1, len(unsure)):.1%}."
+        f"Of the {len(sure)} verdicts with a confidence above 0.9, {sum(sure) / max(1, len(sure)):.1%} are in the "
+        f"label; of the other {len(unsure)}, {sum(unsure) / max(1, len(unsure)):.1%}."
     )
 
 

@@ -140,7 +140,8 @@ def with_measurements(
 
 
 def _line(row: Row) -> tuple[float, ...]:
-    held = ({"loss": None} if row["step"] > 0 else {}) | dict(row)
+    held: dict[str, Any] = {"loss": None} if row["step"] > 0 else {}
+    held |= row
     if "validation_loss_ci95" in row:
         held["low"], held["high"] = row["validation_loss_ci95"]
     return tuple(_cell(held[name]) if name in held else math.nan for name in COLUMNS)
