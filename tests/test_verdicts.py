@@ -10,9 +10,7 @@ from bench import curves, recipes, synthetic, verdicts
 from pipeline.thresholds import Thresholds
 from tests.closure import ROOT
 
-LIMITS = Thresholds.model_validate(
-    YAML(typ="safe", pure=True).load(ROOT / "params.yaml")["evaluate"]["thresholds"]
-)
+LIMITS = Thresholds.model_validate(YAML(typ="safe", pure=True).load(ROOT / "params.yaml")["evaluate"]["thresholds"])
 
 
 def scores(cases):
