@@ -6,6 +6,7 @@ with their median, and with their usual scatter, because small batches scatter b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,8 +44,8 @@ def highest(steps: Floats, losses: Floats, limits: Thresholds) -> Spike:
     windows = np.lib.stride_tricks.sliding_window_view(blocks, num_before)[:-1]
     before = np.median(windows, axis=1)
     scatter = MAD_TO_SIGMA * np.median(np.abs(windows - before[:, None]), axis=1)
-    # So few numbers can lie close together by chance, hence no less than is usual in this run.
-    scatter = np.maximum(scatter, np.median(scatter))
+    # So few numbers can lie close together by chance, hence no less than neighbours differ by in this run.
+    scatter = np.maximum(scatter, MAD_TO_SIGMA * np.median(np.abs(np.diff(blocks))) / math.sqrt(2))
     heights = blocks[num_before:] - before
     lowest_from_here = np.minimum.accumulate(blocks[::-1])[::-1][num_before:]
     came_back = lowest_from_here <= before + heights / 2

@@ -27,7 +27,7 @@ THRESHOLDS = Thresholds(
     memorised_share=0.1,
     widest_interval=0.3,
     spike=0.5,
-    spike_scatter=5,
+    spike_scatter=7,
     spike_steps=3,
     spike_blocks=10,
 )
