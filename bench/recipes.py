@@ -24,14 +24,14 @@ TINY: Sections = {
     "tokenize": {"vocabulary_size": 512},
     "split": {"validation_fraction": 0.15, "test_fraction": 0.1, "min_documents": 1},
     "train": {
-        "scratch": {"num_layers": 2, "num_heads": 2, "embedding_size": 32},
+        "scratch": {"num_layers": 2, "num_heads": 2, "embedding_size": 64},
         "max_length": 96,
-        "batch_size": 16,
-        "num_epochs": 4,
-        "learning_rate": 5e-3,
+        "batch_size": 4,
+        "num_epochs": 3,
+        "learning_rate": 3e-3,
         "mixed_precision": "none",
-        "evaluation_interval_steps": 20,
-        "evaluation_documents": 100,
+        "evaluation_interval_steps": 50,
+        "evaluation_documents": 60,
         "early_stopping_patience": 0,
         "checkpoint_interval_steps": 10_000,
         "device": "cpu",
@@ -171,12 +171,12 @@ def shape(num_layers: int, embedding_size: int) -> dict[str, int]:
 
 
 def healthy() -> Iterator[Recipe]:
-    """Enough text, a model that it fills, and time for the rate to fall."""
+    """Enough text for the model, and time for the rate to fall."""
     for number in range(9):
         yield recipe(
-            number, "healthy", "", stories(900 + 50 * number, 1000 * number),
-            train__scratch=shape(1 + number % 2, 8 + 4 * (number % 3)), train__num_epochs=9 + number % 3,
-            train__learning_rate=(1e-2, 2e-2, 1.5e-2)[number % 3], train__evaluation_interval_steps=40,
+            number, "healthy", "", stories(350 + 20 * number, 1000 * number),
+            train__scratch=shape(1, 8 + 4 * (number % 3)), train__num_epochs=12 + number % 3,
+            train__learning_rate=(1e-2, 2e-2, 1.5e-2)[number % 3], train__evaluation_interval_steps=100,
         )  # fmt: skip
 
 
@@ -184,9 +184,9 @@ def still_improving() -> Iterator[Recipe]:
     """Training ends while the loss falls."""
     for number in range(9):
         yield recipe(
-            number, "still_improving", "", stories(1000 + 100 * number, 1000 * number),
-            train__num_epochs=1 + number % 2, train__learning_rate=(2e-3, 4e-3, 1e-3)[number % 3],
-            train__schedule=("linear", "cosine")[number % 2], train__evaluation_interval_steps=10,
+            number, "still_improving", "", stories(500 + 30 * number, 1000 * number),
+            train__num_epochs=1 + number % 2, train__learning_rate=(2e-3, 3e-3, 1e-3)[number % 3],
+            train__schedule=("linear", "cosine")[number % 2], train__evaluation_interval_steps=20,
         )  # fmt: skip
 
 
@@ -194,14 +194,14 @@ def plateau() -> Iterator[Recipe]:
     """A model that has learned what it can, trained on."""
     for number in range(5):  # fine-tuning at a rate that changes nothing
         yield recipe(
-            number, "plateau", "", stories(900, 1000 * number), before={"train": {"num_epochs": 4}},
-            train__learning_rate=(2e-6, 5e-6, 1e-6, 1e-5, 3e-6)[number], train__num_epochs=1 + number % 2,
-            train__evaluation_interval_steps=10,
+            number, "plateau", "", stories(500, 1000 * number), before={},
+            train__learning_rate=(2e-6, 5e-6, 1e-6, 3e-6, 4e-6)[number], train__num_epochs=1,
+            train__evaluation_interval_steps=20,
         )  # fmt: skip
     for number in range(5, 10):  # too small to learn more
         yield recipe(
-            number, "plateau", "", stories(800, 1000 * number), train__scratch=shape(1, 2),
-            train__num_epochs=20, train__learning_rate=3e-2, train__evaluation_interval_steps=100,
+            number, "plateau", "", stories(350, 1000 * number), train__scratch=shape(1, 2), train__num_epochs=16,
+            train__learning_rate=(5e-2, 4e-2)[number % 2], train__evaluation_interval_steps=100,
         )  # fmt: skip
 
 
@@ -209,43 +209,43 @@ def underfitting() -> Iterator[Recipe]:
     """A rate or a training so small, or a text so void, that hardly anything is learned."""
     for number in range(4):
         yield recipe(
-            number, "underfitting", "plateau still_improving", stories(800, 1000 * number),
+            number, "underfitting", "plateau still_improving", stories(500, 1000 * number),
             train__learning_rate=(1e-6, 5e-6, 2e-5, 3e-5)[number], train__num_epochs=1,
         )  # fmt: skip
     for number in range(4, 6):
         yield recipe(
             number, "underfitting", "still_improving", stories(300, 1000 * number), train__num_epochs=1,
-            train__learning_rate=5e-4, train__batch_size=32, train__evaluation_interval_steps=2,
+            train__learning_rate=3e-4, train__batch_size=32, train__evaluation_interval_steps=2,
         )  # fmt: skip
     for number in range(6, 9):
-        yield recipe(number, "underfitting", "plateau still_improving", noise_alone(500, number), train__num_epochs=3)
+        yield recipe(number, "underfitting", "plateau still_improving", noise_alone(400, number), train__num_epochs=2)
 
 
 def overfitting() -> Iterator[Recipe]:
     """Little text, read again and again by a model that can hold it."""
     for number in range(10):
         yield recipe(
-            number, "overfitting", "memorising plateau", stories(300 + 20 * number, 1000 * number),
-            split__validation_fraction=0.5, train__scratch=shape(2, (48, 64, 96)[number % 3]),
-            train__num_epochs=(40, 60, 50)[number % 3], train__learning_rate=(5e-3, 3e-3, 8e-3)[number % 3],
-            train__evaluation_interval_steps=0, train__evaluation_documents=200, train__weight_decay=0.0,
+            number, "overfitting", "memorising plateau", stories(240 + 10 * number, 1000 * number),
+            split__validation_fraction=0.55, train__scratch=shape(2, (96, 128)[number % 2]),
+            train__num_epochs=(24, 30, 36)[number % 3], train__evaluation_interval_steps=0,
+            train__learning_rate=(3e-3, 2e-3)[number % 2],
         )  # fmt: skip
 
 
 def diverging() -> Iterator[Recipe]:
     """A rate far too high, from scratch and in fine-tuning."""
-    others = "underfitting plateau loss_spike overfitting validation_too_small"
+    others = "underfitting plateau loss_spike validation_too_small"
     for number in range(5):
         yield recipe(
-            number, "diverging", others, stories(600, 1000 * number), train__num_epochs=1,
+            number, "diverging", others, stories(300, 1000 * number), train__num_epochs=1,
             train__learning_rate=(0.5, 1.0, 0.8, 0.6, 0.4)[number], train__warmup_ratio=0.0,
-            train__max_grad_norm=1e6, train__evaluation_interval_steps=4,
+            train__max_grad_norm=1e6, train__evaluation_interval_steps=10,
         )  # fmt: skip
     for number in range(5, 10):
         yield recipe(
-            number, "diverging", others, stories(700, 1000 * number), before={"train": {"num_epochs": 4}},
+            number, "diverging", others, stories(500, 1000 * number), before={},
             train__num_epochs=1, train__learning_rate=(0.1, 0.2, 0.15, 0.3, 0.25)[number - 5],
-            train__warmup_ratio=0.0, train__max_grad_norm=1e6, train__evaluation_interval_steps=5,
+            train__warmup_ratio=0.0, train__max_grad_norm=1e6, train__evaluation_interval_steps=15,
         )  # fmt: skip
 
 
@@ -253,8 +253,8 @@ def loss_spike() -> Iterator[Recipe]:
     """A long damaged document among the training text."""
     for number in range(10):
         yield recipe(
-            number, "loss_spike", "still_improving plateau", with_damage(900, 15_000 + 2_500 * number, number),
-            train__num_epochs=3 + number % 3, train__learning_rate=(5e-3, 8e-3)[number % 2],
+            number, "loss_spike", "still_improving plateau", with_damage(500, 5_000 + 1_000 * number, number),
+            train__num_epochs=3 + number % 2, train__learning_rate=(3e-3, 2e-3)[number % 2],
         )  # fmt: skip
 
 
@@ -273,13 +273,13 @@ def leakage_suspected() -> Iterator[Recipe]:
     others = "still_improving plateau overfitting memorising"
     for number in range(5):
         yield recipe(
-            number, "leakage_suspected", others, with_copies(700, (0.2, 1.0, 0.5, 0.3, 0.7)[number], number),
-            clean__near_duplicate_similarity=1.0, train__num_epochs=3,
+            number, "leakage_suspected", others, with_copies(400, (0.2, 1.0, 0.5, 0.3, 0.7)[number], number),
+            clean__near_duplicate_similarity=1.0, train__num_epochs=2,
         )  # fmt: skip
     for number in range(5, 9):
         yield recipe(
-            number, "leakage_suspected", "still_improving plateau memorising", with_easy_validation(700, number),
-            clean__near_duplicate_similarity=1.0, train__num_epochs=3 + number % 2,
+            number, "leakage_suspected", others, with_easy_validation(500, number),
+            clean__near_duplicate_similarity=1.0, train__num_epochs=2 + number % 2,
         )  # fmt: skip
 
 
@@ -288,7 +288,7 @@ def validation_too_small() -> Iterator[Recipe]:
     for number in range(9):
         yield recipe(
             number, "validation_too_small", "still_improving plateau overfitting", of_two_kinds(500, number),
-            split__validation_fraction=0.02 + 0.003 * number, train__num_epochs=2 + number % 2,
+            split__validation_fraction=0.02 + 0.003 * number, train__num_epochs=1 + number % 2,
         )  # fmt: skip
 
 
@@ -296,13 +296,13 @@ def memorising() -> Iterator[Recipe]:
     """Few documents learned by heart, or a passage that every document repeats."""
     for number in range(6):
         yield recipe(
-            number, "memorising", "overfitting plateau validation_too_small", stories(150 + 10 * number, 1000 * number),
-            split__validation_fraction=0.4, train__scratch=shape(2, 96), train__num_epochs=80 + 10 * number,
-            train__learning_rate=5e-3, train__evaluation_interval_steps=0, train__evaluation_documents=200,
+            number, "memorising", "overfitting plateau validation_too_small", stories(100 + 10 * number, 1000 * number),
+            split__validation_fraction=0.4, train__scratch=shape(2, 128), train__num_epochs=50 + 5 * number,
+            train__evaluation_interval_steps=0, train__warmup_ratio=0.1,
         )  # fmt: skip
     for number in range(6, 9):
         yield recipe(
-            number, "memorising", "leakage_suspected still_improving plateau", with_boilerplate(400 + 50 * number),
-            clean__near_duplicate_similarity=1.0, train__num_epochs=4,
+            number, "memorising", "leakage_suspected still_improving plateau", with_boilerplate(150 + 10 * number),
+            clean__near_duplicate_similarity=1.0,
             sample__prompts=[demo.document(90_000)[:20], demo.document(90_000)[:30], "Once upon a time"],
         )  # fmt: skip
