@@ -200,7 +200,7 @@ def plateau() -> Iterator[Recipe]:
         )  # fmt: skip
     for number in range(5, 10):  # too small to learn more
         yield recipe(
-            number, "plateau", "", stories(350, 1000 * number), train__scratch=shape(1, 2), train__num_epochs=16,
+            number, "plateau", "", stories(350, 1000 * number), train__scratch=shape(1, 4), train__num_epochs=16,
             train__learning_rate=(5e-2, 4e-2)[number % 2], train__evaluation_interval_steps=100,
         )  # fmt: skip
 
