@@ -1,6 +1,7 @@
 """evaluate: how good the model is, how sure that is, and what to do next.
 
-In:  models/best and models/last, the tokens, the documents of each split, and the rows of train.jsonl.
+In:  models/best and models/last, the tokens, the documents of each split, the rows of train.jsonl, and for the verdict
+     the samples and what was found of leakage.
 Out: evaluation.json (losses with 95 % intervals beside baselines), diagnostics.json (the verdict), documents.parquet
      (the loss of every validation and test document), curves/ (tables for `dvc plots show`) and loss_curve.png.
 
@@ -22,7 +23,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from pipeline import corpus, curves, diagnose, files, stage
+from pipeline import bootstrap, corpus, curves, diagnose, files, stage
+from pipeline.bootstrap import Floats, interval, number
+from pipeline.thresholds import Thresholds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +36,6 @@ if TYPE_CHECKING:
     from pipeline.train import Params as TrainParams
 
 Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 
 HELD_OUT = ("validation", "test")
 TOKENS_AT_ONCE = 2**22  # counted in one go: bounds memory for a corpus of any size
@@ -44,23 +46,13 @@ class Params(stage.Params):
 
     batch_size: int = Field(ge=1)
     bootstrap_samples: int = Field(ge=100)
-    thresholds: diagnose.Thresholds
+    thresholds: Thresholds
     seed: int = Field(ge=0, lt=2**32)
 
-
-def bootstrap(losses: DocumentLosses, num_samples: int, key: tuple[int, ...]) -> Floats:
-    """Mean losses of `num_samples` resamplings of the documents with replacement (Efron, 1979).
-
-    Documents are resampled, not tokens, because tokens of one document are not independent; the mean loss is the ratio
-    of the summed nats to the summed tokens. `key` seeds the generator.
-    """
-    random = np.random.default_rng(key)
-    num_documents = len(losses.documents)
-    means = np.empty(num_samples)
-    for sample in range(num_samples):
-        drawn = random.integers(num_documents, size=num_documents)
-        means[sample] = losses.nats[drawn].sum() / losses.num_tokens[drawn].sum()
-    return means
+    def watch(self, rows_file: Path) -> diagnose.Watch:
+        """What names the verdicts while training goes on. The trainer comes by it without importing a module of this
+        stage: see ARCHITECTURE.md."""
+        return diagnose.Watch(rows_file, self.thresholds)
 
 
 def summary(losses: DocumentLosses, tokens: Corpus, means: Floats) -> dict[str, Any]:
@@ -74,16 +66,6 @@ def summary(losses: DocumentLosses, tokens: Corpus, means: Floats) -> dict[str, 
         "num_tokens": int(losses.num_tokens.sum()),
         "num_documents": len(losses.documents),
     }
-
-
-def interval(means: Floats) -> list[float | None]:
-    """The middle 95 % of bootstrapped means."""
-    return [number(end) for end in np.quantile(means, [0.025, 0.975])]
-
-
-def number(value: float) -> float | None:
-    """The value as JSON has it: None where it is no finite number."""
-    return float(value) if math.isfinite(value) else None
 
 
 def perplexity(loss: float | None) -> float | None:
@@ -182,7 +164,7 @@ def evaluation_of(
     `generalisation_gap`, validation minus that; `baselines`, for each held-out side the loss of every other model.
     """
     means = {
-        side: bootstrap(losses, evaluate.bootstrap_samples, (evaluate.seed, order))
+        side: bootstrap.means(losses, evaluate.bootstrap_samples, (evaluate.seed, order))
         for order, (side, losses) in enumerate(best.items())
     }
     sides = {side: summary(losses, tokens, means[side]) for side, losses in best.items()}
@@ -237,7 +219,8 @@ def main(paths: stage.Paths, evaluate: Params, model: ModelParams, train: TrainP
 
     rows = files.read_jsonl(paths["train.jsonl"])
     evaluation = evaluation_of(tokens, best, baselines, evaluate)
-    diagnosis = diagnose.judge(rows, evaluation, evaluate.thresholds)
+    leakage, samples = files.read_json(paths["leakage.json"], *HELD_OUT), files.read_jsonl(paths["samples.jsonl"])
+    diagnosis = diagnose.judge(rows, evaluation, leakage, samples, evaluate.thresholds)
     # The verdict is here too, so that `dvc metrics diff` and `dvc exp show` have it beside the losses.
     files.write_json(paths["evaluation.json"], evaluation | {"verdict": diagnosis["verdict"]})
     files.write_json(paths["diagnostics.json"], diagnosis)

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from pipeline import corpus, device, losses, memory, model, stage
+from pipeline import bootstrap, corpus, device, losses, memory, model, stage
 from pipeline.checkpoints import Checkpoints
 from pipeline.corpus import Corpus, Ints
 from pipeline.loop import NonFinite, train_steps
+from pipeline.losses import DocumentLosses
 from pipeline.runs import Run
 from pipeline.stage import Refusal
 from pipeline.train import Params
@@ -117,7 +118,7 @@ def attempt(
     if writer:
         writer.start(trainer, checkpoint)
     if first == 0:
-        row = {"step": 0, "epoch": 0.0, "num_tokens": 0} | evaluate(trainer, tokens, measured)
+        row = {"step": 0, "epoch": 0.0, "num_tokens": 0} | evaluate(trainer, 0, tokens, measured)
         if writer:
             writer.add_first_row(row)
 
@@ -131,7 +132,7 @@ def attempt(
             is_best = False
             if is_evaluation_due(step.step, trainer):
                 with writer.progress.paused() if writer else contextlib.nullcontext():
-                    row |= evaluate(trainer, tokens, measured)
+                    row |= evaluate(trainer, step.step, tokens, measured)
                 is_best = standing.take(step.step, row["validation_loss"])
             is_early = 0 < params.early_stopping_patience <= standing.num_evaluations_since_best
             is_end = is_early or step.step == trainer.num_steps
@@ -171,28 +172,39 @@ def is_evaluation_due(step: int, trainer: Trainer) -> bool:
     return step % trainer.batches.steps_per_epoch == 0 or (interval > 0 and step % interval == 0)
 
 
-def evaluate(trainer: Trainer, tokens: Corpus, measured: dict[str, Ints]) -> dict[str, float]:
-    """Mean losses of the fixed samples, in nats per predicted token, dropout off; shared out over the processes.
+def evaluate(trainer: Trainer, step: int, tokens: Corpus, measured: dict[str, Ints]) -> dict[str, Any]:
+    """Mean losses of the fixed samples, in nats per predicted token, dropout off; and how sure that of validation is.
 
     Raises:
         Refusal: a loss is not a finite number.
     """
-    batches, means = trainer.batches, {}
-    for name, documents in measured.items():
-        found = losses.measure(
-            trainer.model,
-            tokens,
-            documents[batches.rank :: batches.world_size],
-            max_length=trainer.params.max_length,
-            batch_size=trainer.params.evaluation_batch_size,
-            device=trainer.device,
-        )
-        sums = torch.tensor([found.nats.sum(), found.num_tokens.sum()], dtype=torch.float64)
-        device.sum_over_processes(sums)
-        means[name] = float(sums[0] / sums[1])
-        if not math.isfinite(means[name]):
-            raise Refusal(f"the {name} is {means[name]}: lower train.learning_rate; see docs/guide.md#non_finite")
-    return means
+    found = {name: measure(trainer, tokens, documents) for name, documents in measured.items()}
+    means: dict[str, Any] = {name: each.mean for name, each in found.items()}
+    for name, mean in means.items():
+        if not math.isfinite(mean):
+            raise Refusal(f"the {name} is {mean}: lower train.learning_rate; see docs/guide.md#non_finite")
+    num_samples, key = trainer.params.evaluation_bootstrap_samples, (trainer.params.seed, step)
+    resampled = bootstrap.means(found["validation_loss"], num_samples, key)
+    return means | {"validation_loss_ci95": bootstrap.interval(resampled)}
+
+
+def measure(trainer: Trainer, tokens: Corpus, documents: Ints) -> DocumentLosses:
+    """Losses of the documents, shared out over the processes; in the end all of them have all."""
+    batches = trainer.batches
+    ours = slice(batches.rank, None, batches.world_size)
+    found = losses.measure(
+        trainer.model,
+        tokens,
+        documents[ours],
+        max_length=trainer.params.max_length,
+        batch_size=trainer.params.evaluation_batch_size,
+        device=trainer.device,
+    )
+    nats_D = torch.zeros(len(documents), dtype=torch.float64)
+    num_tokens_D = torch.zeros(len(documents), dtype=torch.int64)
+    nats_D[ours], num_tokens_D[ours] = torch.from_numpy(found.nats), torch.from_numpy(found.num_tokens)
+    device.sum_over_processes(nats_D, num_tokens_D)
+    return DocumentLosses(documents, nats_D.numpy(), num_tokens_D.numpy())
 
 
 @dataclass

@@ -71,6 +71,7 @@ class Params(stage.Params):
     evaluation_interval_steps: int = Field(ge=0)
     evaluation_documents: int = Field(ge=1)
     evaluation_batch_size: int = Field(ge=1)
+    evaluation_bootstrap_samples: int = Field(ge=100)
     early_stopping_patience: int = Field(ge=0)
     checkpoint_interval_steps: int = Field(ge=1)
     device: str = Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from pipeline import files, model, non_finite
+from pipeline import files, model, non_finite, stage
 from pipeline.checkpoints import Background, Checkpoint, Checkpoints, whole_folder
 from pipeline.loop import NonFinite, Step
 from pipeline.progress import Progress
@@ -38,6 +38,8 @@ class Writer:
         self.params, self.about = params, about
         self.background = Background()
         self.copies: dict[str, Tensor] = {}  # of the state, for the background
+        # Looked up by name and no dependency: it decides what a line says, never what a file holds.
+        self.judgement = stage.load_params()["evaluate"]
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Writer:
@@ -63,6 +65,7 @@ class Writer:
         self._open.callback(self.progress.close)
         if checkpoint:
             self.say(f"going on after step {first} of {trainer.num_steps} ({self.run.folder})")
+        self.watch = self.judgement.watch(self.run.rows_file)
         dtype = str(trainer.model.dtype).removeprefix("torch.")
         self.say(
             f"{trainer.num_parameters:,} parameters on {trainer.device} ({dtype}), "
@@ -87,10 +90,13 @@ class Writer:
             self.say(f"step {step.step}: memory is short, from here on {step.micro_batch_size} windows a forward pass")
         if "validation_loss" in row:
             mark = "* new best" if is_best else f"best {standing.best_validation_loss:.4f} at step {standing.best_step}"
+            low, high = row["validation_loss_ci95"]
+            verdicts = ", ".join(self.watch.verdicts())
             self.say(
                 f"epoch {row['epoch']:.4g}/{self.params.num_epochs}  step {step.step}  "
-                f"train {row['train_eval_loss']:.4f}  validation {row['validation_loss']:.4f}  "
-                f"gap {row['validation_loss'] - row['train_eval_loss']:+.4f}  {mark}"
+                f"train {row['train_eval_loss']:.4f}  "
+                f"validation {row['validation_loss']:.4f} ({low:.2f} to {high:.2f})  "
+                f"gap {row['validation_loss'] - row['train_eval_loss']:+.4f}  {mark}  {verdicts}".rstrip()
             )
 
     def save(self, row: dict[str, Any], standing: Standing, best: bool, checkpoint: bool) -> None:

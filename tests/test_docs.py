@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import diagnose
+from pipeline import rules
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "data/source/README.md"])
@@ -32,7 +32,7 @@ def test_code_in_the_guide_is_the_code_that_runs():
 
 def test_every_verdict_has_its_section_with_its_rule():
     flat = " ".join(GUIDE.split())
-    for rule in (*diagnose.RULES, diagnose.HEALTHY):
+    for rule in (*rules.RULES, rules.HEALTHY):
         assert rule.verdict in anchors(GUIDE)
         assert f"*{rule.sentence}*" in flat, rule.verdict
 

@@ -14,7 +14,7 @@ from tests.tiny import ROOT
 
 pytestmark = pytest.mark.slow
 
-STAGES = ["ingest", "clean", "tokenize", "split", "train", "evaluate", "sample", "publish"]
+STAGES = ["ingest", "clean", "tokenize", "split", "train", "sample", "evaluate", "publish"]
 SMALL = {
     "ingest": {"demo_documents": 1500},
     "tokenize": {"vocabulary_size": 800},
@@ -108,7 +108,7 @@ def test_two_clones_in_other_surroundings_have_the_same_lock(first, tmp_path):
 def test_changing_the_learning_rate_and_back_runs_only_what_follows_and_then_nothing(first):
     before, rate = first.lock(), YAML().load(first.folder / "params.yaml")["train"]["learning_rate"]
     first.change({"train": {"learning_rate": 5e-4}})
-    assert first.repro() == ["train", "evaluate", "sample", "publish"]
+    assert first.repro() == ["train", "sample", "evaluate", "publish"]
     assert first.lock() != before
     first.change({"train": {"learning_rate": rate}})
     assert first.repro() == []

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from pipeline import corpus, evaluate, files, losses, model, stage
+from pipeline import bootstrap, corpus, evaluate, files, losses, model, stage
 from pipeline.losses import DocumentLosses
 from tests import tiny
 
@@ -28,6 +28,11 @@ SECTION = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")["evaluate"] | {
 PARAMS = evaluate.Params.model_validate(SECTION)
 TRAIN = tiny.params(evaluation_documents=30, seed=5)
 NUM_DOCUMENTS = 150
+LEAKED = {
+    "num_documents": 30, "num_tokens": 600, "exact_documents": 0, "near_duplicate_documents": 0, "ngram_documents": 3,
+    "ngram_tokens": 60,
+}  # fmt: skip
+SAMPLE = {"memorised": False, "longest_overlap_num_tokens": 7}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,6 +71,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(folder / "models" / "best", tokens, seed=1)
     write_model(folder / "models" / "last", tokens, seed=2)
     files.write_text(folder / "reports" / "train.jsonl", "".join(json.dumps(row) + "\n" for row in rows()))
+    files.write_json(folder / "reports" / "leakage.json", {"validation": LEAKED, "test": LEAKED})
+    files.write_text(folder / "reports" / "samples.jsonl", json.dumps(SAMPLE) + "\n")
     return folder
 
 
@@ -223,7 +230,7 @@ def documents_of(num_documents: int, num_tokens: int = 10) -> DocumentLosses:
 
 def test_the_interval_is_as_wide_as_theory_says():
     found = documents_of(400)
-    low, high = evaluate.interval(evaluate.bootstrap(found, 4000, (1, 0)))
+    low, high = bootstrap.interval(bootstrap.means(found, 4000, (1, 0)))
     assert low is not None and high is not None
     # Documents of equal length: the mean of 400 normal numbers, whose standard error is known.
     expected = 2 * 1.96 * found.nats.std() / 10 / math.sqrt(400)
@@ -235,7 +242,7 @@ def test_long_documents_weigh_as_much_in_the_interval_as_in_the_loss():
     found = documents_of(400)
     long = DocumentLosses(found.documents, np.where(found.documents < 40, 200.0, 30.0), found.num_tokens.copy())
     long.num_tokens[:40] = 200  # a tenth of the documents, with one nat a token where the others have three
-    low, high = evaluate.interval(evaluate.bootstrap(long, 1000, (1, 0)))
+    low, high = bootstrap.interval(bootstrap.means(long, 1000, (1, 0)))
     assert low is not None and high is not None
     assert long.mean == pytest.approx((40 * 200 + 360 * 30) / (40 * 200 + 360 * 10))
     assert low < long.mean < high < 2
@@ -254,8 +261,8 @@ def test_sides_are_resampled_independently(outputs: dict[str, Path]):
 
 def test_the_bootstrap_is_a_function_of_its_key():
     found = documents_of(50)
-    assert evaluate.bootstrap(found, 100, (1, 0)).tolist() == evaluate.bootstrap(found, 100, (1, 0)).tolist()
-    assert evaluate.bootstrap(found, 100, (1, 0)).tolist() != evaluate.bootstrap(found, 100, (1, 1)).tolist()
+    assert bootstrap.means(found, 100, (1, 0)).tolist() == bootstrap.means(found, 100, (1, 0)).tolist()
+    assert bootstrap.means(found, 100, (1, 0)).tolist() != bootstrap.means(found, 100, (1, 1)).tolist()
 
 
 @pytest.mark.parametrize(

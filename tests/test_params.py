@@ -122,7 +122,7 @@ def test_missing_and_unknown_sections_are_named():
     text = GOOD.replace("\npublish:", "\npublishing:")
     assert faults(text) == [
         "publish: missing section",
-        "publishing: unknown section; known: ingest, clean, model, split, tokenize, train, evaluate, sample, publish",
+        "publishing: unknown section; known: ingest, clean, model, split, tokenize, train, sample, evaluate, publish",
     ]
 
 

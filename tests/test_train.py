@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import files
+from pipeline import files, rules
 from tests import tiny
 
 pytestmark = pytest.mark.slow
+KNOWN = {rule.verdict for rule in (*rules.RULES, rules.HEALTHY)}
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_it_writes_two_model_folders_that_transformers_loads(trained):
 def test_it_writes_a_row_a_step_with_the_fields_of_the_contract(trained):
     project, done = trained
     first, *rows = files.read_jsonl(project.folder / "reports/train.jsonl")
-    assert {"step", "epoch", "num_tokens", "train_eval_loss", "validation_loss"} == set(first)
+    assert {"step", "epoch", "num_tokens", "train_eval_loss", "validation_loss", "validation_loss_ci95"} == set(first)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     assert all({"step", "epoch", "loss", "learning_rate", "grad_norm", "num_tokens"} <= set(row) for row in rows)
     evaluations = [row for row in rows if "validation_loss" in row]
@@ -74,6 +75,12 @@ def test_it_writes_a_row_a_step_with_the_fields_of_the_contract(trained):
     assert files.read_json(project.folder / "models/best/training.json")["validation_loss"] == best
     assert best < first["validation_loss"] - 1
     assert "* new best" in done.stdout and "epoch 60/60" in done.stdout
+    for row in evaluations:
+        low, high = row["validation_loss_ci95"]
+        assert low <= row["validation_loss"] <= high
+    lines = [line for line in done.stdout.splitlines() if line.startswith("train: epoch ")]
+    assert len(lines) == 60 and all(KNOWN & set(line.rsplit("  ", 1)[1].split(", ")) for line in lines)
+    assert "still_improving" in lines[1]
 
 
 def test_running_it_again_trains_nothing_and_writes_the_same(trained):
@@ -166,7 +173,8 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     assert len(one) == len(two) > 10
     for row, other in zip(one, two, strict=True):
         assert row.keys() == other.keys()
-        assert list(other.values()) == pytest.approx(list(row.values()), rel=1e-3)
+        for name in row:
+            assert other[name] == pytest.approx(row[name], rel=1e-3), name
 
 
 def test_it_stops_early_when_the_validation_loss_no_longer_falls(tmp_path):

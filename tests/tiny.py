@@ -41,6 +41,7 @@ PARAMS: dict[str, Any] = {
     "evaluation_interval_steps": 0,
     "evaluation_documents": 10,
     "evaluation_batch_size": 4,
+    "evaluation_bootstrap_samples": 100,
     "early_stopping_patience": 0,
     "checkpoint_interval_steps": 10,
     "device": "cpu",
