@@ -98,10 +98,10 @@ def check_model(name: str, sha256: str, tally: Tally) -> None:
                 return None
             manifest = files.read_json(folder / files.MANIFEST)
             paths = {recorded.inside(folder, file): digest for file, digest in manifest.items()}
-            served = [path for path in folder.glob("data/*") if path.is_dir()]  # as registry.save puts it
+            models = [path.parent for path in paths if path.name == "training.json"]  # which every model of ours has
             if not all([tally.compare(Record(path, "publish", "published", paths[path])) for path in paths]):
                 return None
-            if [publication.model_sha256(path) for path in served] != [sha256]:
+            if [publication.model_sha256(path) for path in models] != [sha256]:
                 differs("holds another model than its tags say")
     except stage.Refusal as problem:
         differs(f"cannot be read: {problem}")
