@@ -104,8 +104,9 @@ def lines(records: Records, run: Any) -> Iterator[str]:
     yield f"commit    {tags.get(COMMIT, 'unknown')}{dirty}"
     places = [commit[:12] or "this checkout" for commit in records.locks_of(run)]
     yield f"dvc.lock  of {', '.join(places) or 'no commit, and not the one here'}"
-    for name, outputs in sorted(outputs_of(run).items()):
-        yield f"          {name:9} " + "  ".join(f"{path} {md5[:8]}" for path, md5 in outputs.items())
+    outputs = outputs_of(run)
+    for name in (name for name in dict.fromkeys([*records.lock, *outputs]) if name in outputs):  # in their order
+        yield f"          {name:9} " + "  ".join(f"{path} {md5[:8]}" for path, md5 in outputs[name].items())
     experiment = f", DVC experiment {tags['dvc.experiment']}" if "dvc.experiment" in tags else ""
     yield f"run       {run.info.run_id}  {run.info.run_name}{experiment}"
     aliases = records.aliases(model_name(run))
