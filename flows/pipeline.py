@@ -20,10 +20,12 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import quote
+from uuid import UUID
 
 from flows.dag import Dag, downstream, read_dag
 from flows.process import Executor
-from pipeline import check, owner, stage
+from pipeline import check, origin, owner, publish, stage
+from pipeline.tracking import PUBLICATION
 
 if TYPE_CHECKING:
     from prefect import State
@@ -45,7 +47,7 @@ def main() -> None:
     )
     parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # in a pipe, too
-    _configure()
+    configure()
     # Default handlers, also when we were started with SIGINT ignored (in the background of a script): what is
     # ignored here would be ignored in every stage too, and none could be asked to save and stop.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -76,6 +78,7 @@ def run(dag: Dag) -> dict[str, State[Any]]:
         return bring_up_to_date(name, executor)
 
     states: dict[str, State[Any]] = {}
+    made_from = origin.commit()
     one_at_a_time: Any = ThreadPoolTaskRunner(max_workers=1)
 
     @flow(name="pipeline", task_runner=one_at_a_time, persist_result=False)
@@ -91,12 +94,28 @@ def run(dag: Dag) -> dict[str, State[Any]]:
         except BaseException:  # Ctrl-C, SIGTERM
             executor.stop()
             raise
+        _tag(made_from, states)
         return list(futures.values())  # the flow's state is made of theirs: one failed, and it is Failed
 
     outcome = pipeline(return_state=True)
     for state in (*states.values(), outcome):
         _raise_our_mistakes(state)
     return states
+
+
+def _tag(made_from: dict[str, str], states: dict[str, State[Any]]) -> None:
+    """Tag this flow run with the commit and, where publishing came to its end, with the result.
+
+    It is what leads `python -m pipeline.audit` from the flow run to MLflow and back.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.runtime import flow_run
+
+    tags = dict(made_from)
+    if "publish" in states and states["publish"].is_completed():
+        tags[PUBLICATION] = publish.published()[1]["publication"]
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(UUID(flow_run.id), tags=[*flow_run.tags, *(f"{key}={tags[key]}" for key in tags)])
 
 
 def bring_up_to_date(name: str, executor: Executor) -> State[Any]:
@@ -129,7 +148,7 @@ def bring_up_to_date(name: str, executor: Executor) -> State[Any]:
     return Completed(name="Cached", message="nothing to do")
 
 
-def _configure() -> None:
+def configure() -> None:
     """What Prefect reads when it is imported: data in this folder, no telemetry, and no console output beside ours."""
     home = os.environ.setdefault("PREFECT_HOME", str(Path.cwd() / ".prefect"))
     defaults = {

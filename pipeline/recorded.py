@@ -251,11 +251,16 @@ def read_lock() -> dict[str, Any]:
     content = _bytes(LOCK)
     if content is None:
         raise Refusal(f"there is no {LOCK} yet, so nothing is recorded; run `dvc repro`")
-    return _parsed(content)
+    return parse_lock(content)
 
 
-@functools.lru_cache(maxsize=2)
-def _parsed(content: bytes) -> dict[str, Any]:
+@functools.lru_cache(maxsize=16)
+def parse_lock(content: bytes) -> dict[str, Any]:
+    """The stages of a dvc.lock, checked as far as we read it.
+
+    Raises:
+        Refusal: it is damaged.
+    """
     try:
         stages: dict[str, Any] = YAML(typ="safe", pure=True).load(content.decode())["stages"]
         for locked in stages.values():

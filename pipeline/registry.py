@@ -154,7 +154,10 @@ def stored(name: str, sha256: str) -> Iterator[tuple[Path, str | None] | None]:
     if not found or not found[0].source.startswith("models:/"):
         yield None
         return
-    logged = client.get_logged_model(found[0].source.removeprefix("models:/"))
+    logged = _readable(client, found[0].source.removeprefix("models:/"))
+    if logged is None:
+        yield None
+        return
     digest = logged.tags.get(MANIFEST_SHA256)
     if logged.artifact_location.startswith("file:"):
         yield Path(unquote(urlsplit(logged.artifact_location).path)), digest
@@ -164,6 +167,18 @@ def stored(name: str, sha256: str) -> Iterator[tuple[Path, str | None] | None]:
     with tempfile.TemporaryDirectory() as beside:
         mlflow.artifacts.download_artifacts(artifact_uri=logged.artifact_location, dst_path=beside, tracking_uri=uri())
         yield Path(beside), digest
+
+
+def _readable(client: Any, model_id: str) -> Any | None:
+    """The logged model of this id, or None where somebody deleted it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_logged_model(model_id)
+    except MlflowException as problem:
+        if problem.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline import files, inputs, owner, publish, recorded, stage
+from pipeline import files, inputs, owner, publication, publish, recorded, stage
 from pipeline.recorded import Difference, Record
 
 
@@ -74,24 +74,35 @@ def check(cache: Path) -> Tally:
 
 def _check_published(report: Path, tally: Tally) -> None:
     """Compare the model in MLflow that the report of publishing names."""
+    result = files.read_json(report)
+    check_model(result["registered_model"], result["model_sha256"], tally)
+
+
+def check_model(name: str, sha256: str, tally: Tally) -> None:
+    """Compare the files of the registered version with these bytes, and what they hash to."""
     from pipeline import registry, tracking
 
-    result = files.read_json(report)
-    model = Path(f"{result['registered_model']!r} in MLflow")
+    model = Path(f"{name!r} in MLflow")
 
     def differs(what: str) -> None:
         tally.differences.append(Difference(Record(model, "publish", "published", ""), what))
 
     try:
-        with tracking.problems(), registry.stored(result["registered_model"], result["model_sha256"]) as stored:
+        with tracking.problems(), registry.stored(name, sha256) as stored:
             if stored is None:
                 return differs("missing")
             folder, digest = recorded.from_here(stored[0]), stored[1]
             if digest is None:
                 return differs("has no recorded hashes; it was published before there were any")
-            if tally.compare(Record(folder / files.MANIFEST, "publish", "published", digest)):
-                for name, sha256 in files.read_json(folder / files.MANIFEST).items():
-                    tally.compare(Record(recorded.inside(folder, name), "publish", "published", sha256))
+            if not tally.compare(Record(folder / files.MANIFEST, "publish", "published", digest)):
+                return None
+            manifest = files.read_json(folder / files.MANIFEST)
+            paths = {recorded.inside(folder, file): digest for file, digest in manifest.items()}
+            models = [path.parent for path in paths if path.name == "training.json"]  # which every model of ours has
+            if not all([tally.compare(Record(path, "publish", "published", paths[path])) for path in paths]):
+                return None
+            if [publication.model_sha256(path) for path in models] != [sha256]:
+                differs("holds another model than its tags say")
     except stage.Refusal as problem:
         differs(f"cannot be read: {problem}")
 

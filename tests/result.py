@@ -134,5 +134,7 @@ def edited(path: Path, old: str, new: str) -> Iterator[None]:
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
-    yield
-    path.write_text(text)
+    try:
+        yield
+    finally:
+        path.write_text(text)

@@ -1,5 +1,6 @@
 """The whole pipeline under DVC, small: what runs, what does not, and that the bytes are the same everywhere."""
 
+import csv
 import os
 import re
 import shutil
@@ -132,3 +133,27 @@ def test_metrics_parameters_and_plots_show_something(first):
     first.change({"train": {"learning_rate": 5e-4}})
     assert "train.learning_rate" in first.run("python", "-m", "dvc", "params", "diff")
     subprocess.run(["git", "checkout", "--quiet", "params.yaml"], cwd=first.folder, check=True)
+
+
+def test_an_experiment_of_dvc_has_its_name_in_mlflow_and_the_audit_leads_from_one_to_the_other(first):
+    first.run("git", "add", "--all")
+    first.run("git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "-m", "its result")
+    said = first.run("python", "-m", "dvc", "exp", "run", "--name", "slower", "-S", "train.learning_rate=3e-4")
+    assert re.findall(r"Running stage '(\w+)'", said) == ["train", "evaluate", "sample", "publish"]
+    (row,) = [row for row in csv.DictReader(first.run("python", "-m", "dvc", "exp", "show", "--csv").splitlines())
+              if row["Experiment"] == "slower"]  # fmt: skip
+    assert float(row["train.learning_rate"]) == 3e-4
+    assert float(row["test.loss"]) > 0
+
+    shown = first.run("python", "-m", "pipeline.audit", "slower")
+    assert "DVC experiment slower" in shown
+    run_id = re.search(r"^run +(\w+)", shown, re.MULTILINE)[1]
+    assert first.run("python", "-m", "pipeline.audit", run_id) == shown
+    assert re.search(r"^model +models:/\S+/\d+  @challenger", shown, re.MULTILINE)
+    assert re.search(r"audit: all agree \(results: \d,", first.run("python", "-m", "pipeline.audit"))
+    weights = first.folder / "models" / "best" / "model.safetensors"
+    weights.chmod(0o644)
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    said = first.run("python", "-m", "pipeline.audit", succeeds=False)
+    assert "models/best/model.safetensors: train: changed" in said and "audit: disagreements: 1" in said

@@ -1,5 +1,6 @@
 """The flow, run as people run it: `python -m flows.pipeline` in a project of toy stages, with real DVC and Prefect."""
 
+import json
 import os
 import signal
 import socket
@@ -174,6 +175,45 @@ def test_a_failing_stage_fails_the_flow_and_what_waits_for_it_does_not_run(new_p
     assert (folder / "upper").exists()
     assert not (folder / "last.txt").exists()
     assert ended_in(with_server, "Failed", upper="Completed", reversed="Failed", last="NotReady")
+
+
+def history(folder, environment):
+    command = [sys.executable, "-m", "flows.history"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_a_flow_run_is_tagged_with_its_commit_and_with_the_result_that_it_came_to(new_project, with_server):
+    folder = new_project()
+    publish = """{cmd: 'echo "{\\"publication\\": \\"4e24\\"}" > publication.json', outs: [publication.json]}"""
+    (folder / "dvc.yaml").write_text(f"stages: {{publish: {publish}}}")
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    subprocess.run([*git, "add", "--all"], cwd=folder, check=True)
+    subprocess.run([*git, "commit", "--quiet", "-m", "one"], cwd=folder, check=True)
+    assert flow(folder, with_server).returncode == 0
+    told = json.loads(history(folder, with_server).stdout.splitlines()[-1])
+    head = subprocess.run([*git, "rev-parse", "HEAD"], cwd=folder, check=True, capture_output=True, text=True).stdout
+    assert told["state"] == "Completed"
+    assert told["tags"] == {"git.commit": head.strip(), "git.dirty": "false", "pipeline.publication": "4e24"}
+
+    (folder / "dvc.yaml").write_text("stages: {publish: {cmd: exit 1, outs: [publication.json]}}")
+    assert flow(folder, with_server).returncode == 1
+    told = json.loads(history(folder, with_server).stdout.splitlines()[-1])
+    assert told["state"] == "Failed"
+    assert told["tags"] == {"git.commit": head.strip(), "git.dirty": "true"}, "it came to no result"
+
+
+def test_where_no_flow_ever_ran_its_history_is_empty_and_asking_makes_nothing(tmp_path, environment):
+    told = history(tmp_path, environment | {"PREFECT_HOME": str(tmp_path / ".prefect")})
+    assert (told.returncode, told.stdout, told.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_history_that_no_server_tells_is_refused_in_one_sentence(tmp_path, environment):
+    told = history(tmp_path, environment | {"PREFECT_API_URL": "http://127.0.0.1:9/api"})
+    assert told.returncode == 1
+    assert told.stderr.startswith("history: no Prefect server answers (") and told.stderr.count("\n") == 1
 
 
 def interrupt(folder, environment, send):
