@@ -89,11 +89,16 @@ def _check_published(report: Path, tally: Tally) -> None:
             folder, digest = recorded.from_here(stored[0]), stored[1]
             if digest is None:
                 return differs("has no recorded hashes; it was published before there were any")
-            if tally.compare(Record(folder / files.MANIFEST, "publish", "published", digest)):
-                for name, sha256 in files.read_json(folder / files.MANIFEST).items():
-                    tally.compare(Record(recorded.inside(folder, name), "publish", "published", sha256))
+            compare_published(folder, digest, tally)
     except stage.Refusal as problem:
         differs(f"cannot be read: {problem}")
+
+
+def compare_published(folder: Path, digest: str, tally: Tally) -> None:
+    """Compare a model as MLflow holds it with the manifest that was published with it, whose SHA-256 is `digest`."""
+    if tally.compare(Record(folder / files.MANIFEST, "publish", "published", digest)):
+        for name, sha256 in files.read_json(folder / files.MANIFEST).items():
+            tally.compare(Record(recorded.inside(folder, name), "publish", "published", sha256))
 
 
 def repair(differences: Sequence[Difference]) -> list[str]:
