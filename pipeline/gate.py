@@ -50,7 +50,7 @@ class Finding:
 def beats_baselines(evaluation: Mapping[str, Any]) -> Finding:
     """The first champion has no other to be better than: its test loss has to be below that of untrained models.
 
-    The weights that training started from, and a model that only counts tokens. `last` is the same model a little later.
+    The weights that training started from, and a model that only counts tokens. `last` is the same model, later on.
     """
     loss, beside = evaluation["test"]["loss"], evaluation["baselines"]["test"]
     known = {name: beside[name] for name in ("unigram", "initial") if beside[name] is not None}

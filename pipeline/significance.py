@@ -113,8 +113,8 @@ def _measured(path: Path, side: str) -> _Measured:
 
     def damaged(problem: object) -> Refusal:
         return Refusal(
-            f"{path} is damaged or no table of document losses ({stage.reason(problem)}): restore it, or write it again "
-            "with `dvc repro evaluate`"
+            f"{path} is damaged or no table of document losses ({stage.reason(problem)}): restore it, or write "
+            "it again with `dvc repro evaluate`"
         )
 
     with path.open("rb") as file, stage.refused_as(damaged):
@@ -130,8 +130,8 @@ def _measured(path: Path, side: str) -> _Measured:
             raise ValueError("a document of no tokens or no bytes")
     if not np.isfinite(found.nats).all():
         raise Refusal(
-            f"{path}: {np.count_nonzero(~np.isfinite(found.nats))} {side} documents have a loss that is not finite; such "
-            "a model cannot be compared: train it again with a lower train.learning_rate"
+            f"{path}: {np.count_nonzero(~np.isfinite(found.nats))} {side} documents have a loss that is not finite; "
+            "such a model cannot be compared: train it again with a lower train.learning_rate"
         )
     return found
 
@@ -139,7 +139,9 @@ def _measured(path: Path, side: str) -> _Measured:
 def main() -> None:
     """Read the command line; print the comparison."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.significance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m pipeline.significance",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("new", type=Path, metavar="NEW", help="documents.parquet of the model that may be better")
     parser.add_argument("old", type=Path, metavar="OLD", help="documents.parquet of the model that it is compared with")

@@ -274,7 +274,7 @@ class Store:
                 self.client.log_artifact(run.info.run_id, str(path), path.parent.as_posix())
 
     def fetch(self, run_id: str | None, paths: Iterable[Path], folder: Path) -> dict[str, Path]:
-        """Those of a run's files that are there, by their names, copied into a new folder; none of a run that is gone."""
+        """Those of a run's files that are there, by name, copied into a new folder; none of a run that is gone."""
         folder.mkdir()
         found: dict[str, Path] = {}
         for path in paths:

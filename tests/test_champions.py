@@ -60,7 +60,10 @@ def test_a_champion_is_known_by_its_alias_its_tags_and_its_description(known):
     known.crown("1", known.PROMOTED, ["It is better.", "It is sound."])
     assert (known.holder("champion"), known.history) == ("1", ["1"])
     version = known.version("1")
-    assert version.tags == {"pipeline.promotion": "promoted", "pipeline.promotion_reasons": "It is better.\nIt is sound."}
+    assert version.tags == {
+        "pipeline.promotion": "promoted",
+        "pipeline.promotion_reasons": "It is better.\nIt is sound.",
+    }
     assert version.description == "Model 1.\n\n### Promotion\n\nPromoted.\n\n- It is better.\n- It is sound."
 
 
@@ -109,7 +112,7 @@ def test_a_person_who_takes_the_alias_away_is_recorded_and_may_give_it_back(know
     assert (known.holder("champion"), known.history, known.state("2")) == ("2", ["2"], "chosen by hand")
 
 
-@pytest.mark.parametrize("moves", [[], ["1"], ["1", "2"], ["1", None], [None], ["1", "1"]])
+@pytest.mark.parametrize("moves", [[], ["1", "2"], [None]])
 def test_settling_again_changes_nothing(known, moves):
     promote(known, "3")
     for number in moves:
@@ -174,22 +177,26 @@ WRITES = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", [lambda known: promote(known, "3"), roll_back], ids=["promote", "roll_back"])
 @pytest.mark.parametrize("number", range(1, 9))
 def test_a_promotion_killed_at_any_write_is_completed_and_taken_for_nobodys_else(known, monkeypatch, action, number):
     promote(known, "1")
     promote(known, "2")
-    left = [number]
+    left, originals = [number], {name: getattr(known.client, name) for name in WRITES}
+
+    def counted(name):
+        def call(*arguments):
+            left[0] -= 1
+            if left[0] == 0:
+                raise KilledError
+            return originals[name](*arguments)
+
+        return call
+
     with monkeypatch.context() as patch, pytest.raises(KilledError):
         for name in WRITES:
-
-            def call(*arguments, original=getattr(known.client, name)):
-                left[0] -= 1
-                if left[0] == 0:
-                    raise KilledError
-                return original(*arguments)
-
-            patch.setattr(known.client, name, call)
+            patch.setattr(known.client, name, counted(name))
         action(known)
     known.settle()
     assert "chosen by hand" not in states(known)
