@@ -13,16 +13,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from pipeline import publication, stage, tracking
+from pipeline import publication, reaper, stage, tracking
 
-TRAINER = "pipeline.trainer"  # tag: host, process and its start time
 SPEED = "tokens_per_s"
 INTERVAL_S = 3.0
 RETRY_S = 30.0
@@ -66,39 +64,38 @@ class Live:
             known = self.store.runs(tracking.FINGERPRINT, fingerprint)
             if not known:
                 known = [self.store.create(fingerprint)]
-            unpublished = [run for run in known if tracking.PUBLICATION not in run.data.tags]
-            if not unpublished:
-                return
-            self.run = unpublished[0]
-            self.store.client.update_run(self.run.info.run_id, status="RUNNING")
-            sections = {name: params[name].model_dump() for name in ("model", "train")}
-            self.store.add(self.run, params=publication.flat(sections), tags={TRAINER: trainer})
-        self.held = set(self.store.points(self.run, {*tracking.CURVES, tracking.GAP, SPEED}))
-        self.end_abandoned()
+            self.run = next((run for run in known if tracking.PUBLICATION not in run.data.tags), None)
+            if self.run is not None:
+                # The owner first: a process killed between the two leaves a run that is known to be dead.
+                sections = {name: params[name].model_dump() for name in ("model", "train")}
+                self.store.add(self.run, params=publication.flat(sections), tags={reaper.OWNER: trainer})
+                self.store.client.update_run(self.run.info.run_id, status="RUNNING")
+                self.held = set(self.store.points(self.run, {*tracking.CURVES, tracking.GAP, SPEED}))
+        reaper.reap(self.store, self.run)
 
     def send(self, points: tracking.Points) -> None:
-        """Write the points that the run does not hold yet."""
+        """Write the points that the run does not hold yet, unless another attempt has taken it up meanwhile."""
         new = {at: value for at, value in points.items() if at not in self.held}
-        self.store.add(self.run, new)
-        self.held |= set(new)
+        if new:
+            with tracking.alone():  # an attempt that takes it up now finds all of these, or writes all of them
+                if self._now().data.tags.get(reaper.OWNER) == self.trainer:
+                    self.store.add(self.run, new)
+            self.held |= set(new)
 
     def end_killed(self) -> None:
         """End the run, unless another attempt has taken it up meanwhile."""
-        run = self.store.client.get_run(self.run.info.run_id)
-        if run.data.tags.get(TRAINER) == self.trainer and tracking.PUBLICATION not in run.data.tags:
-            self.store.end(run, "KILLED")
+        tags = self._now().data.tags
+        if tags.get(reaper.OWNER) == self.trainer and tracking.PUBLICATION not in tags:
+            self.store.end(self.run, "KILLED")
 
-    def end_abandoned(self) -> None:
-        """End what crashes of this machine left RUNNING: followers die with it too."""
-        for run in self.store.running():
-            if run.info.run_id != self.run.info.run_id and _is_gone(run.data.tags.get(TRAINER, "")):
-                self.store.end(run, "KILLED")
+    def _now(self) -> Any:
+        return self.store.client.get_run(self.run.info.run_id)
 
 
 def follow(folder: Path, trainer: psutil.Process) -> None:
     """Send rows until the trainer is gone, and once more after that."""
     tail, speeds = Tail(folder / "train.jsonl"), Tail(folder / "timing.jsonl")
-    tag = _tag(trainer)
+    tag = reaper.tag_of(trainer)
     waiting: tracking.Points = {}
     live: Live | None = None
     while True:
@@ -123,23 +120,6 @@ def follow(folder: Path, trainer: psutil.Process) -> None:
             if not training:
                 return
         _wait(trainer, pause_s)
-
-
-def _tag(process: psutil.Process) -> str:
-    """Host, process and its start time, for a process id alone is given again."""
-    return f"{socket.gethostname()} {process.pid} {process.create_time():.0f}"
-
-
-def _is_gone(tag: str) -> bool:
-    """Whether the tag names a process of this machine that is no longer there."""
-    host, _, process = tag.partition(" ")
-    if host != socket.gethostname():
-        return False
-    pid, start_s = map(int, process.split())
-    try:
-        return bool(abs(psutil.Process(pid).create_time() - start_s) > 2)
-    except psutil.Error:
-        return True
 
 
 def _is_running(process: psutil.Process) -> bool:

@@ -6,7 +6,8 @@ Out: publication.json: what is published, and its SHA-256. No run id, no version
 
     python -m pipeline.publish
 
-A second time changes nothing. A run that training left live, or a publication that was killed, is completed.
+A second time changes nothing. A run that training left live, or a publication that was killed, is completed. Then the
+gate is asked whether the model becomes the champion (`pipeline/promote.py`); that it refuses is no failure.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from pipeline import files, publication, stage
+from pipeline.gate import Limits
 
 if TYPE_CHECKING:
     from pipeline import registry
@@ -28,10 +30,14 @@ class Params(stage.Params):
 
     experiment: str = Field(min_length=1, max_length=200)
     registered_model: str = Field(min_length=1, max_length=200, pattern=r"^[^/:'\"`%]+$")  # MLflow takes no others
+    auto_promote: bool
+    gate: Limits
 
 
 def main(paths: stage.Paths, publish: Params, **others: stage.Params) -> None:
-    """Publish the result that lies in the files."""
+    """Publish the result that lies in the files, and ask the gate about its model."""
+    from pipeline import promote
+
     sections = {"publish": publish, **others}
     result = publication.content(paths, {name: section.model_dump() for name, section in sections.items()})
     version = project(result, paths)
@@ -40,6 +46,8 @@ def main(paths: stage.Paths, publish: Params, **others: stage.Params) -> None:
         f"publish: experiment {publish.experiment!r} of MLflow holds this result ({result['publication'][:8]}); "
         f"its model is version {version} of {publish.registered_model!r}"
     )
+    if publish.auto_promote:
+        print(f"publish: {promote.at_the_end(version)}")
 
 
 def ensure() -> None:
@@ -48,7 +56,7 @@ def ensure() -> None:
     Raises:
         Refusal: nothing is published yet, MLflow cannot be used, or the other files belong to another result.
     """
-    from pipeline import registry, tracking
+    from pipeline import promote, registry, tracking
 
     paths, result = published()
     with tracking.problems():
@@ -57,7 +65,9 @@ def ensure() -> None:
         if complete and registry.is_current(store, result["registered_model"], result["model_sha256"]):
             return
     _check_files(paths, result)
-    project(result, paths)
+    version = project(result, paths)
+    if stage.load_params()["publish"].auto_promote:
+        promote.at_the_end(version)
 
 
 def upload_again() -> None:
@@ -95,7 +105,7 @@ def project(result: Mapping[str, Any], paths: stage.Paths) -> str:
     Raises:
         Refusal: MLflow cannot be used.
     """
-    from pipeline import registry, tracking
+    from pipeline import reaper, registry, tracking
 
     final = publication.final_metrics(files.read_json(paths["evaluation.json"]))
     points = tracking.points_of(files.read_jsonl(paths["train.jsonl"]))
@@ -104,6 +114,7 @@ def project(result: Mapping[str, Any], paths: stage.Paths) -> str:
         store = tracking.Store(result["experiment"])
         run = store.published(result["publication"])
         if run is not None:
+            reaper.reap(store)
             return registry.register(store, run, model_of(result, paths))
         run, held = store.adopt(result["publication"], result["fingerprint"], points, result["params"])
         store.add(
@@ -116,6 +127,7 @@ def project(result: Mapping[str, Any], paths: stage.Paths) -> str:
         store.add_files(run, publication.reports(paths))
         version = registry.register(store, run, model_of(result, paths))
         store.end(run, "FINISHED")  # last: it says that nothing is missing
+        reaper.reap(store)
     return version
 
 

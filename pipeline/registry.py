@@ -196,6 +196,13 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def weights_of(folder: Path) -> Path:
+    """The Hugging Face folder in a model's files, where its description says that it is."""
+    from mlflow.models import Model as Description
+
+    return folder / str(Description.load(str(folder)).flavors["python_function"]["data"])
+
+
 def save(folder: Path, model: Model, run_id: str, model_id: str) -> None:
     """Write the model as MLflow wants it."""
     import mlflow.pyfunc

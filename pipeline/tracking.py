@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import psutil
+
+from pipeline import reaper
 from pipeline.stage import Refusal
 
 Points = dict[tuple[str, int], float]  # (metric, step) -> value
@@ -148,7 +151,7 @@ class Store:
 
     def __init__(self, experiment: str) -> None:
         mlflow = load_mlflow()
-        self.entities = mlflow.entities
+        self.entities, self.exceptions = mlflow.entities, mlflow.exceptions
         self.client = mlflow.MlflowClient(uri(), uri())
         self.experiment_id = self._experiment(experiment)
 
@@ -180,7 +183,7 @@ class Store:
     def create(self, fingerprint: str) -> Any:
         """A new run, RUNNING, named after the fingerprint of its training."""
         short = fingerprint[:NUM_FINGERPRINT_DIGITS]
-        tags = {FINGERPRINT: short, "mlflow.source.name": "dvc.yaml"}
+        tags = {FINGERPRINT: short, "mlflow.source.name": "dvc.yaml", reaper.OWNER: reaper.tag_of(psutil.Process())}
         return self.client.create_run(self.experiment_id, run_name=f"training {short[:8]}", tags=tags)
 
     def points(self, run: Any, names: Iterable[str]) -> Points:
@@ -269,6 +272,20 @@ class Store:
                 self.client.log_artifacts(run.info.run_id, str(path), path.as_posix())
             else:
                 self.client.log_artifact(run.info.run_id, str(path), path.parent.as_posix())
+
+    def fetch(self, run_id: str | None, paths: Iterable[Path], folder: Path) -> dict[str, Path]:
+        """Those of a run's files that are there, by name, copied into a new folder; none of a run that is gone."""
+        folder.mkdir()
+        found: dict[str, Path] = {}
+        for path in paths:
+            try:
+                held = self.client.list_artifacts(run_id, path.parent.as_posix()) if run_id else []
+                if path.as_posix() in {file.path for file in held}:
+                    found[path.name] = Path(self.client.download_artifacts(run_id, path.as_posix(), str(folder)))
+            except self.exceptions.MlflowException as problem:
+                if problem.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+        return found
 
     def end(self, run: Any, status: str) -> None:
         """End a run as FINISHED or KILLED."""

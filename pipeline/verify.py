@@ -94,17 +94,27 @@ def check_model(name: str, sha256: str, tally: Tally) -> None:
             folder, digest = recorded.from_here(stored[0]), stored[1]
             if digest is None:
                 return differs("has no recorded hashes; it was published before there were any")
-            if not tally.compare(Record(folder / files.MANIFEST, "publish", "published", digest)):
-                return None
-            manifest = files.read_json(folder / files.MANIFEST)
-            paths = {recorded.inside(folder, file): digest for file, digest in manifest.items()}
-            models = [path.parent for path in paths if path.name == "training.json"]  # which every model of ours has
-            if not all([tally.compare(Record(path, "publish", "published", paths[path])) for path in paths]):
-                return None
-            if [publication.model_sha256(path) for path in models] != [sha256]:
-                differs("holds another model than its tags say")
+            compare_published(folder, digest, sha256, tally)
     except stage.Refusal as problem:
         differs(f"cannot be read: {problem}")
+
+
+def compare_published(folder: Path, digest: str, sha256: str, tally: Tally) -> None:
+    """Compare a model as MLflow holds it with the manifest that was published with it, and with its tags.
+
+    Args:
+        digest: SHA-256 of the manifest.
+        sha256: of the model, as `publication.model_sha256` makes it.
+    """
+    if not tally.compare(Record(folder / files.MANIFEST, "publish", "published", digest)):
+        return
+    manifest = files.read_json(folder / files.MANIFEST)
+    paths = {recorded.inside(folder, file): digest for file, digest in manifest.items()}
+    models = [path.parent for path in paths if path.name == "training.json"]  # which every model of ours has
+    whole = all([tally.compare(Record(path, "publish", "published", paths[path])) for path in paths])
+    if whole and [publication.model_sha256(path) for path in models] != [sha256]:
+        record = Record(folder, "publish", "published", "")
+        tally.differences.append(Difference(record, "holds another model than its tags say"))
 
 
 def repair(differences: Sequence[Difference]) -> list[str]:

@@ -42,6 +42,8 @@ def write(folder: Path, seed: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("dvc.yaml", "params.yaml", "requirements.lock"):
         shutil.copy(ROOT / name, folder)
+    params = (folder / "params.yaml").read_text()
+    (folder / "params.yaml").write_text(params.replace("auto_promote: true", "auto_promote: false"))
     vocabulary_size = write_tokens(folder / "data" / "tokens")
     (folder / "data" / "split").mkdir()
     for number, side in enumerate(("train", "validation", "test")):
@@ -69,21 +71,21 @@ def write(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def write_tokens(folder: Path) -> int:
+def write_tokens(folder: Path, texts: list[str] = TEXTS) -> int:
     """Tokens of the texts, and a byte-level tokenizer trained on them; returns the size of its vocabulary."""
     from tokenizers import ByteLevelBPETokenizer
 
     tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(TEXTS, vocab_size=300, show_progress=False, special_tokens=[END])
+    tokenizer.train_from_iterator(texts, vocab_size=300, show_progress=False, special_tokens=[END])
     (folder / "tokenizer").mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END}
     files.write_json(folder / "tokenizer" / "tokenizer_config.json", about)
-    ids = [tokenizer.encode(text).ids for text in TEXTS]
+    ids = [tokenizer.encode(text).ids for text in texts]
     (folder / "tokens.bin").write_bytes(np.concatenate(ids).astype("<u2").tobytes())
     np.save(folder / "offsets.npy", np.cumsum([0, *map(len, ids)]))
-    np.save(folder / "num_bytes.npy", np.array([len(text) for text in TEXTS]))
-    np.save(folder / "hashes.npy", np.arange(len(TEXTS), dtype=np.uint64))
+    np.save(folder / "num_bytes.npy", np.array([len(text) for text in texts]))
+    np.save(folder / "hashes.npy", np.arange(len(texts), dtype=np.uint64))
     vocabulary_size = tokenizer.get_vocab_size()
     files.write_json(folder / "tokens.json", {"vocabulary_size": vocabulary_size, "start_id": 0, "end_id": 0})
     return vocabulary_size

@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from pipeline import follow, tracking
+from pipeline import follow, reaper, tracking
 from tests import result
 from tests.test_publish import View, complete
 
@@ -164,15 +164,68 @@ def test_publishing_while_it_is_followed_writes_every_point_once(folder, trainer
 def test_runs_that_a_crash_left_are_ended(folder, trainer):
     view = View()
     crashed = view.store.create("feedfeed")
-    view.store.add(crashed, tags={follow.TRAINER: f"{os.uname().nodename} 999999999 1"})
+    view.store.add(crashed, tags={reaper.OWNER: dead()})
     elsewhere = view.store.create("beefbeef")
-    view.store.add(elsewhere, tags={follow.TRAINER: "another-machine 999999999 1"})
+    view.store.add(elsewhere, tags={reaper.OWNER: "another-machine 999999999 1"})
     (folder / "last").mkdir()
     follower = following(folder, trainer)
     wait_for(lambda: len(view.runs) == 3)
     end(trainer)
     follower.join()
     assert [run.info.status for run in view.runs] == ["KILLED", "RUNNING", "RUNNING"]
+
+
+def dead():
+    return f"{os.uname().nodename} 999999999 1"
+
+
+@pytest.mark.parametrize("start", ["a publication", "a training that is published already"])
+def test_runs_that_a_crash_left_are_ended_by_the_next_start_of_any_kind(folder, trainer, start):
+    if start != "a publication":
+        result.publish_here()
+    view = View()
+    crashed = view.store.create("feedfeed")
+    mine = view.store.create("beefbeef")
+    view.store.add(crashed, tags={reaper.OWNER: dead()})
+    if start == "a publication":
+        result.publish_here()
+    else:
+        follower = following(folder, trainer)
+        follower.join(20)
+        assert not follower.is_alive()
+    found = {run.info.run_id: run.info.status for run in view.runs}
+    assert found.pop(crashed.info.run_id) == "KILLED"
+    assert found.pop(mine.info.run_id) == "RUNNING", "its owner, this process, is alive"
+    assert list(found.values()) == ["FINISHED"]
+
+
+def test_a_run_has_its_owner_from_the_beginning(repository):
+    tag = View().store.create("feedfeed").data.tags[reaper.OWNER]
+    assert tag == reaper.tag_of(psutil.Process()) and not reaper.is_gone(tag)
+    host, pid, start_s = tag.split()
+    assert reaper.is_gone(f"{host} {pid} {int(start_s) - 100}"), "an id that was given again"
+
+
+def test_after_any_number_of_restarts_every_point_is_there_once(folder):
+    with tracking.problems():
+        before = follow.Live(NAME, "elsewhere 0 1")
+        for attempt in range(1, 6):
+            rows = tracking.points_of(result.rows(2 * attempt))
+            # Resuming repeats steps, at another speed; and the follower of the attempt before may be late.
+            late, now = (
+                rows | {(follow.SPEED, step): speed for step in range(1, 2 * attempt + 1)}
+                for speed in (attempt - 0.5, float(attempt))
+            )
+            live = follow.Live(NAME, f"elsewhere {attempt} 1")
+            before.send(late)
+            live.send(now)
+            before = live
+    view = View()
+    (run,) = view.runs
+    history = view.history(run)
+    assert history.pop(follow.SPEED) == [(step, float((step + 1) // 2)) for step in range(1, 11)]
+    for name, points in history.items():
+        assert points == sorted((step, value) for (key, step), value in rows.items() if key == name)
 
 
 def test_a_store_out_of_reach_ends_with_the_training(folder, trainer, monkeypatch, capsys):

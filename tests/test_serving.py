@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline import serving, tracking
 from tests import result
+from tests.test_publish import View
 
 
 @given(st.integers(1, 10_000), st.integers(-5, 10_000), st.integers(2, 2_000))
@@ -68,8 +69,10 @@ def test_a_long_prompt_is_continued_from_its_end(continuation):
 
 @pytest.fixture
 def served(repository, tmp_path):
-    """The address of a server that answers with the published model, started far from the repository."""
+    """The address of a server that answers with the champion, started far from the repository."""
     result.publish_here()
+    view = View()
+    view.client.set_registered_model_alias(view.model, "champion", view.challenger)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     elsewhere = tmp_path / "elsewhere"
@@ -77,7 +80,7 @@ def served(repository, tmp_path):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # mlflow starts uvicorn by its name
     server = subprocess.Popen(
         [
-            *(sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", "models:/gpt2-pipeline@challenger"),
+            *(sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", "models:/gpt2-pipeline@champion"),
             *("--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)),
         ],
         env=os.environ | {"MLFLOW_TRACKING_URI": tracking.uri(), "PATH": path},
