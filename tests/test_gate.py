@@ -5,7 +5,7 @@ import math
 import pydantic
 import pytest
 
-from pipeline import diagnose, gate, stage
+from pipeline import gate, rules, stage
 from pipeline.significance import Comparison
 from tests.tiny import ROOT
 
@@ -88,7 +88,7 @@ def test_a_refused_verdict_is_refused_also_when_it_is_not_the_primary_one(limits
 def test_a_verdict_that_does_not_exist_is_refused_by_its_name(limits):
     with pytest.raises(pydantic.ValidationError, match="no verdict is called overfiting; there are non_finite, "):
         gate.Limits.model_validate(limits.model_dump() | {"refused_verdicts": ["overfiting"]})
-    every = [rule.verdict for rule in diagnose.RULES]
+    every = [rule.verdict for rule in rules.RULES]
     assert gate.Limits.model_validate(limits.model_dump() | {"refused_verdicts": every}).refused_verdicts == every
 
 
