@@ -218,7 +218,10 @@ def underfitting() -> Iterator[Recipe]:
             train__learning_rate=3e-4, train__batch_size=32, train__evaluation_interval_steps=2,
         )  # fmt: skip
     for number in range(6, 9):
-        yield recipe(number, "underfitting", "plateau still_improving", noise_alone(400, number), train__num_epochs=2)
+        yield recipe(
+            number, "underfitting", "plateau still_improving", noise_alone(400, number),
+            tokenize__vocabulary_size=257, train__num_epochs=2,
+        )  # fmt: skip
 
 
 def overfitting() -> Iterator[Recipe]:
@@ -233,19 +236,13 @@ def overfitting() -> Iterator[Recipe]:
 
 
 def diverging() -> Iterator[Recipe]:
-    """A rate far too high, from scratch and in fine-tuning."""
-    others = "underfitting plateau loss_spike validation_too_small"
-    for number in range(5):
+    """A trained model, trained on at a rate far too high."""
+    for number in range(9):
         yield recipe(
-            number, "diverging", others, stories(300, 1000 * number), train__num_epochs=1,
-            train__learning_rate=(0.5, 1.0, 0.8, 0.6, 0.4)[number], train__warmup_ratio=0.0,
-            train__max_grad_norm=1e6, train__evaluation_interval_steps=10,
-        )  # fmt: skip
-    for number in range(5, 10):
-        yield recipe(
-            number, "diverging", others, stories(500, 1000 * number), before={},
-            train__num_epochs=1, train__learning_rate=(0.1, 0.2, 0.15, 0.3, 0.25)[number - 5],
-            train__warmup_ratio=0.0, train__max_grad_norm=1e6, train__evaluation_interval_steps=15,
+            number, "diverging", "underfitting plateau loss_spike validation_too_small", stories(400, 1000 * number),
+            before={}, train__learning_rate=(0.1, 0.2, 0.15, 0.3, 0.25, 0.4, 0.12, 0.18, 0.5)[number],
+            train__num_epochs=1, train__schedule=("linear", "cosine")[number % 2], train__warmup_ratio=0.0,
+            train__max_grad_norm=(1e6, 1.0)[number % 2], train__evaluation_interval_steps=15,
         )  # fmt: skip
 
 
