@@ -132,9 +132,9 @@ def of_two_kinds(number: int, seed: int) -> Callable[[Side], list[str]]:
     ]
 
 
-def with_boilerplate(number: int) -> Callable[[Side], list[str]]:
+def with_boilerplate(first: int, number: int) -> Callable[[Side], list[str]]:
     """Stories that all begin with the same long passage."""
-    passage = " ".join(demo.document(index) for index in range(90_000, 90_002))
+    passage = f"{demo.document(first)} {demo.document(first + 1)}"
     return lambda side: [f"{passage} {story}" for story in stories(number)(side)]
 
 
@@ -192,16 +192,16 @@ def still_improving() -> Iterator[Recipe]:
 
 def plateau() -> Iterator[Recipe]:
     """A model that has learned what it can, trained on."""
-    for number in range(5):  # fine-tuning at a rate that changes nothing
+    for number in range(6):  # fine-tuning at a rate that changes nothing
         yield recipe(
-            number, "plateau", "", stories(500, 1000 * number), before={},
-            train__learning_rate=(2e-6, 5e-6, 1e-6, 3e-6, 4e-6)[number], train__num_epochs=1,
+            number, "plateau", "", stories(500, 1000 * number), before={"train": {"num_epochs": 2 + number % 2}},
+            train__learning_rate=(2e-6, 5e-6, 1e-6, 3e-6, 4e-6, 5e-7)[number], train__num_epochs=1,
             train__evaluation_interval_steps=20,
         )  # fmt: skip
-    for number in range(5, 10):  # too small to learn more
+    for number in range(6, 9):  # too small to learn more
         yield recipe(
-            number, "plateau", "", stories(350, 1000 * number), train__scratch=shape(1, 4), train__num_epochs=16,
-            train__learning_rate=(5e-2, 4e-2)[number % 2], train__evaluation_interval_steps=100,
+            number, "plateau", "underfitting", stories(350, 1000 * number), train__scratch=shape(1, 2),
+            train__num_epochs=16, train__learning_rate=(5e-2, 4e-2)[number % 2], train__evaluation_interval_steps=100,
         )  # fmt: skip
 
 
@@ -218,7 +218,10 @@ def underfitting() -> Iterator[Recipe]:
             train__learning_rate=3e-4, train__batch_size=32, train__evaluation_interval_steps=2,
         )  # fmt: skip
     for number in range(6, 9):
-        yield recipe(number, "underfitting", "plateau still_improving", noise_alone(400, number), train__num_epochs=2)
+        yield recipe(
+            number, "underfitting", "plateau still_improving", noise_alone(400, number),
+            tokenize__vocabulary_size=257, train__num_epochs=2,
+        )  # fmt: skip
 
 
 def overfitting() -> Iterator[Recipe]:
@@ -233,19 +236,13 @@ def overfitting() -> Iterator[Recipe]:
 
 
 def diverging() -> Iterator[Recipe]:
-    """A rate far too high, from scratch and in fine-tuning."""
-    others = "underfitting plateau loss_spike validation_too_small"
-    for number in range(5):
+    """A trained model, trained on at a rate far too high."""
+    for number in range(9):
         yield recipe(
-            number, "diverging", others, stories(300, 1000 * number), train__num_epochs=1,
-            train__learning_rate=(0.5, 1.0, 0.8, 0.6, 0.4)[number], train__warmup_ratio=0.0,
-            train__max_grad_norm=1e6, train__evaluation_interval_steps=10,
-        )  # fmt: skip
-    for number in range(5, 10):
-        yield recipe(
-            number, "diverging", others, stories(500, 1000 * number), before={},
-            train__num_epochs=1, train__learning_rate=(0.1, 0.2, 0.15, 0.3, 0.25)[number - 5],
-            train__warmup_ratio=0.0, train__max_grad_norm=1e6, train__evaluation_interval_steps=15,
+            number, "diverging", "underfitting plateau loss_spike validation_too_small", stories(400, 1000 * number),
+            before={}, train__learning_rate=(0.1, 0.2, 0.15, 0.3, 0.25, 0.4, 0.12, 0.18, 0.5)[number],
+            train__num_epochs=1, train__schedule=("linear", "cosine")[number % 2], train__warmup_ratio=0.0,
+            train__max_grad_norm=(1e6, 1.0)[number % 2], train__evaluation_interval_steps=15,
         )  # fmt: skip
 
 
@@ -288,21 +285,17 @@ def validation_too_small() -> Iterator[Recipe]:
     for number in range(9):
         yield recipe(
             number, "validation_too_small", "still_improving plateau overfitting", of_two_kinds(500, number),
-            split__validation_fraction=0.02 + 0.003 * number, train__num_epochs=1 + number % 2,
+            split__validation_fraction=0.012 + 0.0005 * number, train__num_epochs=2 + number % 2,
         )  # fmt: skip
 
 
 def memorising() -> Iterator[Recipe]:
-    """Few documents learned by heart, or a passage that every document repeats."""
-    for number in range(6):
+    """A passage with which every document begins."""
+    for number in range(9):
+        first = 90_000 + 2 * number
         yield recipe(
-            number, "memorising", "overfitting plateau validation_too_small", stories(100 + 10 * number, 1000 * number),
-            split__validation_fraction=0.4, train__scratch=shape(2, 128), train__num_epochs=50 + 5 * number,
-            train__evaluation_interval_steps=0, train__warmup_ratio=0.1,
-        )  # fmt: skip
-    for number in range(6, 9):
-        yield recipe(
-            number, "memorising", "leakage_suspected still_improving plateau", with_boilerplate(150 + 10 * number),
-            clean__near_duplicate_similarity=1.0,
-            sample__prompts=[demo.document(90_000)[:20], demo.document(90_000)[:30], "Once upon a time"],
+            number, "memorising", "leakage_suspected still_improving plateau",
+            with_boilerplate(first, 200 + 10 * number), clean__near_duplicate_similarity=1.0,
+            train__num_epochs=3 + number % 2,
+            sample__prompts=[demo.document(first)[:20], demo.document(first)[:30], "Once upon a time"],
         )  # fmt: skip
