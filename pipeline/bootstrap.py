@@ -7,28 +7,31 @@ the summed nats to the summed tokens.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from pipeline.losses import DocumentLosses
-
+Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 DRAWN_AT_ONCE = 2**20  # documents; bounds memory for any number of them
 
 
-def means(losses: DocumentLosses, num_samples: int, key: tuple[int, ...]) -> Floats:
-    """Mean losses of `num_samples` resamplings of the documents with replacement; `key` seeds the generator."""
-    random, num_documents = np.random.default_rng(key), len(losses.documents)
+def means(nats_D: Floats, amounts_D: Ints, num_samples: int, key: tuple[int, ...]) -> Floats:
+    """Mean losses of `num_samples` resamplings of D documents with replacement.
+
+    Args:
+        nats_D: cross-entropy of each document, or the difference of two.
+        amounts_D: what its mean is over: the document's predicted tokens, or its bytes.
+        key: seeds the generator.
+    """
+    random, num_documents = np.random.default_rng(key), len(nats_D)
     size = max(1, DRAWN_AT_ONCE // num_documents)
     found = np.empty(num_samples)
     for first in range(0, num_samples, size):
         some = found[first : first + size]
         drawn = random.integers(num_documents, size=(len(some), num_documents))
-        some[:] = losses.nats[drawn].sum(axis=1) / losses.num_tokens[drawn].sum(axis=1)
+        some[:] = nats_D[drawn].sum(axis=1) / amounts_D[drawn].sum(axis=1)
     return found
 
 

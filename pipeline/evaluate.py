@@ -164,7 +164,7 @@ def evaluation_of(
     `generalisation_gap`, validation minus that; `baselines`, for each held-out side the loss of every other model.
     """
     means = {
-        side: bootstrap.means(losses, evaluate.bootstrap_samples, (evaluate.seed, order))
+        side: bootstrap.means(losses.nats, losses.num_tokens, evaluate.bootstrap_samples, (evaluate.seed, order))
         for order, (side, losses) in enumerate(best.items())
     }
     sides = {side: summary(losses, tokens, means[side]) for side, losses in best.items()}

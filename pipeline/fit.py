@@ -184,7 +184,7 @@ def evaluate(trainer: Trainer, step: int, tokens: Corpus, measured: dict[str, In
         if not math.isfinite(mean):
             raise Refusal(f"the {name} is {mean}: lower train.learning_rate; see docs/guide.md#non_finite")
     num_samples, key = trainer.params.evaluation_bootstrap_samples, (trainer.params.seed, step)
-    resampled = bootstrap.means(found["validation_loss"], num_samples, key)
+    resampled = bootstrap.means(found["validation_loss"].nats, found["validation_loss"].num_tokens, num_samples, key)
     return means | {"validation_loss_ci95": bootstrap.interval(resampled)}
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipeline import stage
+from pipeline import bootstrap, stage
 from pipeline.stage import Refusal
 
 Ints = npt.NDArray[np.int64]
@@ -30,7 +30,6 @@ Floats = npt.NDArray[np.float64]
 
 # Of five differences with the same sign, chance alone gives as much in 1 of 16 cases: more than 5 %.
 MIN_DOCUMENTS = 6
-DRAWN_AT_ONCE = 2**20  # documents; bounds memory for any number of them
 
 
 @dataclass(frozen=True)
@@ -92,19 +91,8 @@ def compare(new: Path, old: Path, side: str, num_samples: int, seed: int) -> Com
         unit, amounts = "nats per token", ours.num_tokens[here]
     else:
         unit, nats, amounts = "bits per byte", nats / math.log(2), ours.num_bytes[here]
-    low, high = np.quantile(_resampled(nats, amounts, num_samples, seed), [0.025, 0.975])
+    low, high = np.quantile(bootstrap.means(nats, amounts, num_samples, (seed,)), [0.025, 0.975])
     return Comparison(float(nats.sum() / amounts.sum()), float(low), float(high), unit, len(here))
-
-
-def _resampled(nats: Floats, amounts: Ints, num_samples: int, seed: int) -> Floats:
-    """Mean differences of `num_samples` resamplings of the documents with replacement."""
-    random, size = np.random.default_rng(seed), max(1, DRAWN_AT_ONCE // len(nats))
-    means = np.empty(num_samples)
-    for first in range(0, num_samples, size):
-        some = means[first : first + size]
-        drawn = random.integers(len(nats), size=(len(some), len(nats)))
-        some[:] = nats[drawn].sum(axis=1) / amounts[drawn].sum(axis=1)
-    return means
 
 
 def _measured(path: Path, side: str) -> _Measured:

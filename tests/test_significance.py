@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline import corpus, evaluate, losses, model, significance
+from pipeline import bootstrap, corpus, evaluate, losses, model, significance
 from pipeline.losses import DocumentLosses
 from pipeline.significance import Comparison
 from pipeline.stage import Refusal
@@ -111,7 +111,7 @@ def test_the_same_seed_gives_the_same_interval(tmp_path: Path, old: Path) -> Non
 def test_how_many_documents_are_drawn_at_once_changes_nothing(tmp_path: Path, old: Path, monkeypatch) -> None:
     new = write(tmp_path / "new.parquet", a_model() + noise(1, 0.05))
     expected = compare(new, old)
-    monkeypatch.setattr(significance, "DRAWN_AT_ONCE", 150)
+    monkeypatch.setattr(bootstrap, "DRAWN_AT_ONCE", 150)
     assert compare(new, old) == expected
 
 
