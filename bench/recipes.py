@@ -285,7 +285,7 @@ def validation_too_small() -> Iterator[Recipe]:
     for number in range(9):
         yield recipe(
             number, "validation_too_small", "still_improving plateau overfitting", of_two_kinds(500, number),
-            split__validation_fraction=0.012 + 0.0005 * number, train__num_epochs=2 + number % 2,
+            split__validation_fraction=0.012 + 0.0005 * number, train__num_epochs=4 + number % 2,
         )  # fmt: skip
 
 
@@ -296,6 +296,6 @@ def memorising() -> Iterator[Recipe]:
         yield recipe(
             number, "memorising", "leakage_suspected still_improving plateau",
             with_boilerplate(first, 200 + 10 * number), clean__near_duplicate_similarity=1.0,
-            train__num_epochs=3 + number % 2,
-            sample__prompts=[demo.document(first)[:20], demo.document(first)[:30], "Once upon a time"],
+            train__num_epochs=4 + number % 2,
+            sample__prompts=[demo.document(first)[:20], demo.document(first)[:30]],
         )  # fmt: skip
