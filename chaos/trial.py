@@ -19,7 +19,7 @@ from chaos.project import Reference, differences, environment
 
 LIMIT_S = 240.0  # a command that takes longer hangs
 MOST_ATTEMPTS = 8  # of the way back: a user who reads what is printed and tries again
-PATIENCE_S = 20.0  # for processes that end by themselves once their work is gone
+PATIENCE_S = 60.0  # for processes that end by themselves once their work is gone; live curves do so at low priority
 
 
 @dataclass(frozen=True)

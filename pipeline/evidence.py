@@ -89,13 +89,17 @@ def _read_back(
             raise Refusal(f"MLflow has no files with recorded hashes for version {version.version}")
         folder, tally = stored[0], verify.Tally()
         verify.compare_published(folder, stored[1], version.tags[registry.MODEL_SHA256], tally)
-        different = [f"{found.record.path.relative_to(folder.parent)} {found.what}" for found in tally.differences]
+        different = [f"{_name(found.record.path, folder)} {found.what}" for found in tally.differences]
         whole = gate.is_whole(different, tally.num_files)
         if not whole.agrees:
             return [whole]
         max_length = int(store.client.get_run(version.run_id).data.params["train.max_length"])
         loss = measure(registry.weights_of(folder), documents, max_length, params, tokens)
     return [whole, gate.is_reproduced(recorded, loss, params["publish"].gate)]
+
+
+def _name(path: Path, folder: Path) -> str:
+    return "the model" if path == folder else str(path.relative_to(folder))
 
 
 def measure(weights: Path, documents: Path, max_length: int, params: Mapping[str, Any], folder: Path) -> float:

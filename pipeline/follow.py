@@ -58,7 +58,8 @@ class Live:
     def __init__(self, fingerprint: str, trainer: str) -> None:
         params = stage.load_params()
         self.trainer = trainer
-        self.store = tracking.Store(params["publish"].experiment)
+        with tracking.alone():  # two processes at once would make the tables of a new database twice
+            self.store = tracking.Store(params["publish"].experiment)
         self.run: Any = None  # None: this training is published already
         with tracking.alone():
             known = self.store.runs(tracking.FINGERPRINT, fingerprint)

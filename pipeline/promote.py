@@ -107,8 +107,8 @@ def _champions() -> Iterator[Champions]:
 
     publish = stage.load_params()["publish"]
     with tracking.problems():
-        known = Champions(tracking.Store(publish.experiment), publish.registered_model)
         with tracking.alone():
+            known = Champions(tracking.Store(publish.experiment), publish.registered_model)
             known.settle()
         yield known
 

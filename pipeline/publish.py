@@ -60,7 +60,8 @@ def ensure() -> None:
 
     paths, result = published()
     with tracking.problems():
-        store = tracking.Store(result["experiment"])
+        with tracking.alone():  # two processes at once would make the tables of a new database twice
+            store = tracking.Store(result["experiment"])
         complete = store.published(result["publication"]) is not None
         if complete and registry.is_current(store, result["registered_model"], result["model_sha256"]):
             return
