@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 
 import pytest
 from hypothesis import settings
@@ -8,6 +9,8 @@ from tests import result
 
 # Products as tiny as the tests' are slower on two threads; set before torch is imported, and inherited by subprocesses.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Ignored in the background of a shell, and inherited: then what the tests interrupt would not hear it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # A busy machine is no failure; what else the surroundings chose (CI: the same examples every time) stays.
 settings.register_profile("patient", settings(), deadline=None)
 settings.load_profile("patient")
