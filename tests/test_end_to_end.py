@@ -139,7 +139,7 @@ def test_an_experiment_of_dvc_has_its_name_in_mlflow_and_the_audit_leads_from_on
     first.run("git", "add", "--all")
     first.run("git", "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "-m", "its result")
     said = first.run("python", "-m", "dvc", "exp", "run", "--name", "slower", "-S", "train.learning_rate=3e-4")
-    assert re.findall(r"Running stage '(\w+)'", said) == ["train", "evaluate", "sample", "publish"]
+    assert re.findall(r"Running stage '(\w+)'", said) == ["train", "sample", "evaluate", "publish"]
     (row,) = [row for row in csv.DictReader(first.run("python", "-m", "dvc", "exp", "show", "--csv").splitlines())
               if row["Experiment"] == "slower"]  # fmt: skip
     assert float(row["train.learning_rate"]) == 3e-4
