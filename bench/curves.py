@@ -94,11 +94,11 @@ def run(recipe: Recipe, changes: Sections, stages: Sequence[str]) -> str:
 
 def side_of(params: Any) -> Callable[[str], str]:
     """On which side of the split a text that cleaning leaves as it is will be."""
-    from pipeline import split
+    from pipeline import sides
 
     def side(text: str) -> str:
         first = np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], ">u8").astype(np.uint64)
-        return split.SIDES[int(split.side_of(first, params)[0])]
+        return sides.SIDES[int(sides.side_of(first, params)[0])]
 
     return side
 

@@ -60,12 +60,11 @@ class Live:
         self.trainer = trainer
         with tracking.alone():  # two processes at once would make the tables of a new database twice
             self.store = tracking.Store(params["publish"].experiment)
-        self.run: Any = None  # None: this training is published already
-        with tracking.alone():
             known = self.store.runs(tracking.FINGERPRINT, fingerprint)
             if not known:
                 known = [self.store.create(fingerprint)]
-            self.run = next((run for run in known if tracking.PUBLICATION not in run.data.tags), None)
+            # None: this training is published already
+            self.run: Any = next((run for run in known if tracking.PUBLICATION not in run.data.tags), None)
             if self.run is not None:
                 # The owner first: a process killed between the two leaves a run that is known to be dead.
                 sections = {name: params[name].model_dump() for name in ("model", "train")}
