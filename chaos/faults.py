@@ -179,7 +179,8 @@ def on_disk(trial: Trial, mode: str, reason: str | None) -> bool:
     if done.code and reason is None:
         trial.complaint = f"failed with exit code {done.code}"
     elif done.code:
-        trial.expect(done, str(reason))
+        # Of a lock that it cannot write, DVC says that it cannot acquire it.
+        trial.expect(done, f"{reason}|Unable to acquire lock" if name == "dvc" else str(reason))
     return struck
 
 

@@ -93,7 +93,7 @@ class Live:
 
 
 def follow(folder: Path, trainer: psutil.Process) -> None:
-    """Send rows until the trainer is gone, and once more after that."""
+    """Send rows until the trainer is gone, and once more after that; a training without any has no run."""
     tail, speeds = Tail(folder / "train.jsonl"), Tail(folder / "timing.jsonl")
     tag = reaper.tag_of(trainer)
     waiting: tracking.Points = {}
@@ -103,6 +103,11 @@ def follow(folder: Path, trainer: psutil.Process) -> None:
         waiting |= tracking.points_of(tail.new_rows())
         waiting |= {(SPEED, row["step"]): float(row[SPEED]) for row in speeds.new_rows()}
         pause_s = INTERVAL_S
+        if live is None and not waiting:  # MLflow takes seconds to import, and there is nothing to show yet
+            if not training:
+                return
+            _wait(trainer, pause_s)
+            continue
         try:
             with tracking.problems():
                 live = live or Live(folder.name[: tracking.NUM_FINGERPRINT_DIGITS], tag)

@@ -16,12 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from pipeline import files, serving
 from pipeline.files import MANIFEST
 from pipeline.stage import Refusal
-from pipeline.tracking import Store, reader, uri
+from pipeline.tracking import Store, drop_half_copies, local_folder, reader, uri
 
 ALIAS = "challenger"
 MODEL_SHA256, MANIFEST_SHA256 = "pipeline.model_sha256", "pipeline.manifest_sha256"
@@ -137,7 +136,9 @@ def upload_again(store: Store, model: Model) -> None:
     """Replace the files of the registered version with these bytes: its number and its aliases stay."""
     version = registered(store, model.registered_model, model.sha256)
     assert version is not None
-    _upload(store, model, version.run_id, version.source.removeprefix("models:/"))
+    model_id = version.source.removeprefix("models:/")
+    drop_half_copies(store.client.get_logged_model(model_id).artifact_location)
+    _upload(store, model, version.run_id, model_id)
 
 
 @contextmanager
@@ -159,8 +160,8 @@ def stored(name: str, sha256: str) -> Iterator[tuple[Path, str | None] | None]:
         yield None
         return
     digest = logged.tags.get(MANIFEST_SHA256)
-    if logged.artifact_location.startswith("file:"):
-        yield Path(unquote(urlsplit(logged.artifact_location).path)), digest
+    if (folder := local_folder(logged.artifact_location)) is not None:
+        yield folder, digest
         return
     import mlflow.artifacts
 

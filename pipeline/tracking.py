@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import psutil
 
@@ -76,6 +76,17 @@ def artifact_location(store_uri: str) -> str | None:
     if store_uri.startswith("sqlite:///"):
         folder = Path(unquote(store_uri.removeprefix("sqlite:///").split("?")[0])).resolve().parent
     return (folder / "mlartifacts").as_uri()
+
+
+def local_folder(place: str) -> Path | None:
+    """The folder of artifacts that lie on this machine; None where a server has them."""
+    return Path(unquote(urlsplit(place).path)) if place.startswith("file:") else None
+
+
+def drop_half_copies(place: str) -> None:
+    """Remove what an MLflow that was killed while it copied left among artifacts; a server does so itself, or not."""
+    for left in (local_folder(place) or Path(os.devnull)).rglob(".artifact.uploading.*"):
+        left.unlink()
 
 
 def points_of(rows: Iterable[Mapping[str, Any]]) -> Points:
@@ -159,7 +170,9 @@ class Store:
         found = self.client.get_experiment_by_name(name)
         if found is None:
             location = artifact_location(uri())
-            return str(self.client.create_experiment(name, artifact_location=location))
+            # So that MLflow's pages show it as the training of models, not as traces of an application.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            return str(self.client.create_experiment(name, artifact_location=location, tags=kind))
         if found.lifecycle_stage == "deleted":
             raise Refusal(
                 f"publish.experiment: {name!r} was deleted in MLflow; bring it back with "
@@ -267,6 +280,7 @@ class Store:
 
     def add_files(self, run: Any, paths: Iterable[Path]) -> None:
         """Upload files and folders under their own paths."""
+        drop_half_copies(run.info.artifact_uri)
         for path in paths:
             if path.is_dir():
                 self.client.log_artifacts(run.info.run_id, str(path), path.as_posix())

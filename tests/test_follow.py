@@ -136,6 +136,14 @@ def test_an_interrupted_training_is_killed_and_taken_up_again(folder, trainer):
     complete(view, run)
 
 
+def test_a_training_that_ends_before_its_first_row_has_no_run(folder, trainer):
+    follower = following(folder, trainer)
+    time.sleep(0.5)
+    end(trainer)
+    follower.join(20)
+    assert not follower.is_alive() and View().runs == []
+
+
 def test_a_training_that_is_published_already_is_not_followed_again(folder, trainer):
     result.publish_here()
     (folder / "train.jsonl").write_text(result.jsonl(result.rows()))
@@ -168,6 +176,7 @@ def test_runs_that_a_crash_left_are_ended(folder, trainer):
     elsewhere = view.store.create("beefbeef")
     view.store.add(elsewhere, tags={reaper.OWNER: "another-machine 999999999 1"})
     (folder / "last").mkdir()
+    (folder / "train.jsonl").write_text(result.jsonl(result.rows()[:1]))
     follower = following(folder, trainer)
     wait_for(lambda: len(view.runs) == 3)
     end(trainer)
@@ -190,6 +199,7 @@ def test_runs_that_a_crash_left_are_ended_by_the_next_start_of_any_kind(folder, 
     if start == "a publication":
         result.publish_here()
     else:
+        (folder / "train.jsonl").write_text(result.jsonl(result.rows()))
         follower = following(folder, trainer)
         follower.join(20)
         assert not follower.is_alive()

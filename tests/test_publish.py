@@ -350,6 +350,23 @@ def test_what_a_killed_publication_left_on_the_disk_goes_with_the_next(repositor
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
+def test_what_a_killed_copy_left_among_the_files_of_a_run_goes_with_the_next(repository, monkeypatch):
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    def killed(*arguments):
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", killed)
+        patch.setattr(LocalArtifactRepository, "_cleanup_staged_artifact", lambda *arguments: None)
+        with pytest.raises(KilledError):
+            result.publish_here()
+    assert list(Path("mlartifacts").rglob(".artifact.uploading.*"))
+    result.publish_here()
+    assert not list(Path("mlartifacts").rglob(".artifact.uploading.*"))
+    complete(View(), *View().runs)
+
+
 @pytest.mark.slow
 def test_a_publication_killed_at_any_write_is_completed_by_the_next(repository, database, monkeypatch):
     client = tracking.load_mlflow().MlflowClient
