@@ -90,10 +90,10 @@ def test_one_run_holds_everything(repository):
     (run,) = view.runs
     complete(view, run)
     assert run.data.params["train.scratch.num_layers"] == str(stage.load_params()["train"].scratch.num_layers)
-    assert run.data.metrics["test_loss"] == pytest.approx(5.4)
-    assert run.data.metrics["best_validation_loss"] == pytest.approx(5.3)
-    assert run.data.metrics["test_loss_ci95_low"] == 5.0
-    assert run.data.metrics["baselines_test_unigram"] == 6.1
+    assert run.data.metrics["test/loss"] == pytest.approx(5.4)
+    assert run.data.metrics["validation/loss"] == pytest.approx(5.3)
+    assert run.data.metrics["test/loss_ci95_low"] == 5.0
+    assert run.data.metrics["baselines/test/unigram"] == 6.1
     assert run.data.tags["pipeline.verdict"] == "healthy"
 
 
@@ -304,7 +304,7 @@ def test_a_loss_that_is_not_finite_is_published_as_such(repository):
     view = View()
     (run,) = view.runs
     complete(view, run)
-    assert "test_loss" not in run.data.metrics
+    assert "test/loss" not in run.data.metrics
     assert view.versions[0].tags["test_loss"] == "not finite"
 
 
