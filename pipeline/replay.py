@@ -80,7 +80,8 @@ def certify(
     losses = certificate.losses(run.data.metrics, publication.final_metrics(evaluation))
     outcome, why = certificate.judge(compared, losses["test_loss"]["difference"], tolerance)
 
-    copies = {name: at for name, at, state in records.objects(str(best), written[str(best)]) if state == "sound"}
+    held = records.objects(str(best), written[str(best)]) if str(best) in written else ()
+    copies = {name: at for name, at, state in held if state == "sound"}
     then = certificate.environment(copies.get(f"{best}/training.json"), folder / LOCKED)
     now = certificate.environment(folder / best / "training.json", LOCKED)
     differences = certificate.differences(then, now, (folder / LOCKED).read_text(encoding="utf-8"))
@@ -112,7 +113,8 @@ def main() -> None:
         found = replay(records, run, publish.gate.max_loss_difference, arguments.keep)
         written = certificate.write({"asked": arguments.id, "versions": versions, **found})
         if found["outcome"] == certificate.NOT_REPRODUCED:
-            raise Refusal(f"not reproduced: {found['why']}; {written} tells all, and the work tree is kept")
+            kept = worktree.ROOT / written.stem
+            raise Refusal(f"not reproduced: {found['why']}; {written} tells all, and the work tree {kept} is kept")
         print(f"replay: {found['outcome']}: {found['why']} ({written})")
 
 
