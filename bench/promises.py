@@ -10,6 +10,8 @@ With the model and the batch of params.yaml, on random documents:
 - going on: from the end of the imports to the end of the first step after a checkpoint at step 10, and at step
   1,000,000 with as many rows.
 - SIGTERM: from the signal to the exit of a training process, and the longest step that it had done before.
+- a tracking server that hangs, or is not there: blocks of steps while the process of the live curves tries to reach it,
+  and while that process is stopped, in turns; and the processor time that it took to start.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -137,6 +140,35 @@ def costs(num_rounds: int) -> None:
         print(f"deterministic algorithms: {exact.share(1)} of a step of {exact.step_s:.3f} s")
 
 
+def out_of_reach(num_rounds: int) -> None:
+    """Live curves for a server that takes connections and never answers, and for one that is not there."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with begun() as writer:
+            beside_curves("hangs", port, writer, num_rounds)
+    with begun() as writer:  # nobody listens any more
+        beside_curves("is not there", port, writer, num_rounds)
+
+
+def beside_curves(what: str, port: int, writer: Any, num_rounds: int) -> None:
+    """Train beside the process of the live curves, whose server is out of reach."""
+    import psutil
+
+    follower = psutil.Popen(
+        [sys.executable, "-m", "pipeline.follow", str(writer.run.folder.resolve()), str(os.getpid())],
+        env=os.environ | {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}", "PYTHONPATH": sys.path[0]},
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    said = follower.stderr.readline()  # it is started, and has given up for the first time
+    assert "cannot be used" in said, said
+    start_s = sum(follower.cpu_times()[:2])
+    ways = (lambda _: follower.suspend(), lambda _: follower.resume())
+    cost = in_turns(writer.trainer, num_rounds, NUM_BLOCK_STEPS, ways)
+    follower.kill()
+    follower.communicate()
+    print(f"a server that {what}: {cost.share(NUM_BLOCK_STEPS)}, and {start_s:.1f} s of a core once, to start")
+
+
 def resume(folder: Path) -> None:
     """Go on from the newest checkpoint in the folder, as `train` does, and print when the first step is done."""
     import numpy  # noqa: F401  # what training imports, so that the clock starts after it
@@ -202,11 +234,20 @@ def stopping() -> None:
         print(f"SIGTERM to exit: {took_s:.2f} s (the longest of the steps before: {longest_s:.2f} s), resumable")
 
 
+MEASUREMENTS: dict[str, Callable[[int], None]] = {
+    "costs": costs,
+    "early": lambda _: going_on(10),
+    "late": lambda _: going_on(1_000_000),
+    "stopping": lambda _: stopping(),
+    "out-of-reach": out_of_reach,
+}
+
+
 def main() -> None:
     """Measure everything, each in a process of its own."""
     parser = argparse.ArgumentParser(prog="python -m bench.promises", description=__doc__)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--one", choices=["costs", "early", "late", "stopping"])
+    parser.add_argument("--one", choices=MEASUREMENTS)
     parser.add_argument("--resume", type=Path)
     arguments = parser.parse_args()
     if arguments.resume:
@@ -215,14 +256,9 @@ def main() -> None:
         from pipeline import launcher
 
         launcher.settle()
-        {
-            "costs": lambda: costs(arguments.rounds),
-            "early": lambda: going_on(10),
-            "late": lambda: going_on(1_000_000),
-            "stopping": stopping,
-        }[arguments.one]()
+        MEASUREMENTS[arguments.one](arguments.rounds)
     else:
-        for one in ("costs", "early", "late", "stopping"):
+        for one in MEASUREMENTS:
             command = [sys.executable, "-m", "bench.promises", "--one", one, "--rounds", str(arguments.rounds)]
             subprocess.run(command, cwd=Path(__file__).parent.parent, check=True)
 

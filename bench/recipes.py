@@ -175,8 +175,8 @@ def healthy() -> Iterator[Recipe]:
     for number in range(9):
         yield recipe(
             number, "healthy", "", stories(350 + 20 * number, 1000 * number),
-            train__scratch=shape(1, 8 + 4 * (number % 3)), train__num_epochs=12 + number % 3,
-            train__learning_rate=(1e-2, 2e-2, 1.5e-2)[number % 3], train__evaluation_interval_steps=100,
+            train__scratch=shape(1, 6 + 2 * (number % 2)), train__num_epochs=16 + number % 3,
+            train__learning_rate=(1.5e-2, 1e-2)[number % 2], train__evaluation_interval_steps=100,
         )  # fmt: skip
 
 

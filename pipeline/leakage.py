@@ -64,16 +64,15 @@ def report(tokens: Corpus, sides: Mapping[str, Ints], params: Params) -> dict[st
     return found
 
 
-def warning(found: Mapping[str, Any]) -> str | None:
-    """What was found, as a sentence, or None."""
+def sentence(found: Mapping[str, Any]) -> str:
+    """What was found, in one line. Whether it is too much, the verdict and the gate of a champion say."""
     parts = [
-        f"of {side} {about['exact_documents']:,} documents exactly, {about['near_duplicate_documents']:,} nearly, "
-        f"{about['ngram_documents']:,} of {about['num_documents']:,} by {found['ngram_size']} tokens in a row "
+        f"{side} {about['exact_documents']:,} documents exactly, {about['near_duplicate_documents']:,} nearly, "
+        f"{about['ngram_documents']:,} by {found['ngram_size']} tokens in a row "
         f"({100 * about['ngram_tokens'] / max(1, about['num_tokens']):.1f} % of its tokens)"
         for side, about in ((side, found[side]) for side in HELD_OUT)
-        if about["near_duplicate_documents"] or about["ngram_documents"]  # the exact ones are among the near ones
     ]
-    return f"training text also holds, {'; '.join(parts)}; see docs/guide.md#leakage" if parts else None
+    return f"shared with train: {'; '.join(parts)}"
 
 
 def _digests(tokens: Corpus, documents: Ints) -> npt.NDArray[np.uint64]:

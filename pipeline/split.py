@@ -15,7 +15,6 @@ share all the same is measured here, before anything is trained.
 from __future__ import annotations
 
 import math
-import sys
 
 import numpy as np
 import numpy.typing as npt
@@ -101,7 +100,7 @@ def _above(place: np.uint64) -> float:
 
 
 def main(paths: stage.Paths, split: Params) -> None:
-    """Split data/tokens into data/split, write the sizes and what the sides share, and warn if that is anything."""
+    """Split data/tokens into data/split, write the sizes and what the sides share."""
     documents = corpus.load(paths["tokens"])
     check_sizes(documents.hashes, split)
     side_D = side_of(documents.hashes, split)
@@ -119,8 +118,7 @@ def main(paths: stage.Paths, split: Params) -> None:
     print("split: " + ", ".join(f"{name} {sizes['documents']:,}" for name, sizes in report.items()) + " documents")
     shared = leakage.report(documents, sides, split.leakage)
     files.write_json(paths["leakage.json"], shared)
-    if (found := leakage.warning(shared)) is not None:
-        print(f"split: warning: {found}", file=sys.stderr)
+    print(f"split: {leakage.sentence(shared)}")
 
 
 if __name__ == "__main__":

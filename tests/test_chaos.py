@@ -299,6 +299,7 @@ NUM_TRIES, SEED = 30, 1  # what `make chaos` runs
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # ten minutes on an idle machine, and here other tests run beside it
 def test_a_campaign_on_the_real_pipeline_ends_with_the_same_bytes(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     code = campaign.run(NUM_TRIES, SEED, lanes=2, only=None, table_file=tmp_path / "table.md")

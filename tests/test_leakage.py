@@ -28,7 +28,10 @@ def test_documents_that_share_nothing_are_no_leak() -> None:
         "validation": {"num_documents": 40, "num_tokens": 3200} | NONE,
         "test": {"num_documents": 50, "num_tokens": 4000} | NONE,
     }
-    assert leakage.warning(found) is None
+    assert leakage.sentence(found) == (
+        "shared with train: validation 0 documents exactly, 0 nearly, 0 by 13 tokens in a row (0.0 % of its tokens); "
+        "test 0 documents exactly, 0 nearly, 0 by 13 tokens in a row (0.0 % of its tokens)"
+    )
 
 
 def test_every_kind_of_leak_is_counted_as_what_it_is() -> None:
@@ -53,10 +56,9 @@ def test_every_kind_of_leak_is_counted_as_what_it_is() -> None:
         "ngram_documents": 1,
         "ngram_tokens": 13,
     }
-    assert leakage.warning(found) == (
-        "training text also holds, of validation 1 documents exactly, 2 nearly, 3 of 40 by 13 tokens in a row (5.3 % "
-        "of its tokens); of test 0 documents exactly, 0 nearly, 1 of 50 by 13 tokens in a row (0.3 % of its tokens); "
-        "see docs/guide.md#leakage"
+    assert leakage.sentence(found) == (
+        "shared with train: validation 1 documents exactly, 2 nearly, 3 by 13 tokens in a row (5.3 % of its tokens); "
+        "test 0 documents exactly, 0 nearly, 1 by 13 tokens in a row (0.3 % of its tokens)"
     )
 
 

@@ -1,13 +1,10 @@
-import contextlib
 import os
 import shutil
-import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
@@ -335,35 +332,6 @@ def publish_twice_at_once():
 @pytest.mark.slow
 def test_two_publications_at_once_make_one_run(repository):
     publish_twice_at_once()
-
-
-@pytest.mark.slow
-def test_a_tracking_server_takes_the_same(repository, database, tmp_path, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    folder = tmp_path / "server"
-    folder.mkdir()
-    shutil.copy(database, folder)
-    server = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"),
-            *("--artifacts-destination", str(folder / "files"), "--port", str(port), "--workers", "1"),
-        ],
-        env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
-        cwd=folder,
-        start_new_session=True,
-    )
-    try:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-        for _ in range(600):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
-                break
-            time.sleep(0.2)
-        publish_twice_at_once()
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-    assert not (repository / "mlartifacts").exists()
 
 
 class KilledError(BaseException):

@@ -1,0 +1,152 @@
+"""The same against every store that MLflow has: a server, PostgreSQL, and a server on PostgreSQL."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline import follow, publish, tracking
+from pipeline.champions import Champions
+from tests import result
+from tests.test_publish import View, complete, publish_twice_at_once
+
+pytestmark = pytest.mark.slow
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def started(command, ready, **options):
+    """A server that is ready once `ready` does not raise; it and its children are killed at the end."""
+    server = subprocess.Popen(command, start_new_session=True, **options)
+
+    @contextlib.contextmanager
+    def running():
+        try:
+            for _ in range(600):
+                assert server.poll() is None, f"{command[0]} did not start"
+                with contextlib.suppress(OSError, subprocess.CalledProcessError):
+                    ready()
+                    break
+                time.sleep(0.2)
+            yield
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+    return running()
+
+
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory):
+    """The URI of an empty database in a real PostgreSQL, from the system's packages."""
+    places = [str(folder) for folder in Path("/usr/lib/postgresql").glob("*/bin")]
+    programs = os.pathsep.join([os.environ["PATH"], *places])
+    initdb, postgres = shutil.which("initdb", path=programs), shutil.which("postgres", path=programs)
+    if initdb is None or postgres is None:
+        pytest.skip("PostgreSQL is not installed (Debian: apt install postgresql)")
+    folder = tmp_path_factory.mktemp("postgresql")
+    someone = {}
+    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+        someone = {"user": "nobody", "group": "nogroup", "extra_groups": []}
+        for path in (folder, *folder.parents[:-2]):
+            path.chmod(0o755)
+        shutil.chown(folder, "nobody", "nogroup")
+    data, port = folder / "data", free_port()
+    subprocess.run(
+        [initdb, "--username=pipeline", "--auth=trust", "--encoding=UTF8", "--no-sync", data],
+        check=True, capture_output=True, cwd=folder, **someone,
+    )  # fmt: skip
+    options = ["-h", "127.0.0.1", "-p", str(port), "-k", str(folder), "-c", "fsync=off"]
+
+    def ask():
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+
+    with started([postgres, "-D", str(data), *options], ask, cwd=folder, stderr=subprocess.DEVNULL, **someone):
+        uri = f"postgresql://pipeline@127.0.0.1:{port}/postgres"
+        # MLflow makes its tables: a minute of migrations, once for all tests.
+        script = "import sys, mlflow; mlflow.MlflowClient(sys.argv[1]).search_experiments()"
+        subprocess.run([sys.executable, "-c", script, uri], check=True, cwd=folder)
+        yield uri
+
+
+@pytest.fixture(params=["a server", "PostgreSQL", "a server on PostgreSQL"])
+def store(request, repository, database, tmp_path, monkeypatch):
+    """A store that the repository shall use, and its name."""
+    folder = tmp_path / "server"
+    folder.mkdir()
+    if "PostgreSQL" in request.param:
+        uri = request.getfixturevalue("postgresql")
+    else:
+        shutil.copy(database, folder)
+        uri = f"sqlite:///{folder}/mlflow.db"
+    # One database has the results of all tests, so each has names of its own.
+    params = Path("params.yaml").read_text()
+    Path("params.yaml").write_text(params.replace(": gpt2-pipeline ", f": {request.param.replace(' ', '-')} "))
+    if "server" not in request.param:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        yield request.param
+        return
+    address = f"http://127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--workers", "1"]
+    command += ["--artifacts-destination", str(folder / "files"), "--port", address.rpartition(":")[2]]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+
+    def ask():
+        urllib.request.urlopen(f"{address}/health", timeout=5).close()
+
+    with started(command, ask, cwd=folder, env=os.environ | {"PATH": path}):
+        yield request.param
+    assert not (repository / "mlartifacts").exists()
+
+
+def test_results_curves_and_champions_are_kept_the_same_way(store):
+    trainer = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
+    folder = Path(".runs") / result.FINGERPRINT[: tracking.NUM_FINGERPRINT_DIGITS]
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text(result.jsonl(result.rows(7)))
+    process = psutil.Process(trainer.pid)
+    with tracking.problems():
+        live = follow.Live(folder.name, follow.reaper.tag_of(process))
+        live.send(tracking.points_of(result.rows(7)))
+    trainer.kill()
+    trainer.communicate()
+    view = View()
+    (run,) = view.runs
+    assert run.info.status == "RUNNING" and len(view.history(run)["loss"]) == 7
+
+    publish_twice_at_once()  # it takes the run up
+    (run,) = view.runs
+    assert run.info.run_id == live.run.info.run_id
+    complete(view, run)
+    before = view.history(run), view.versions, sorted(view.artifacts(run))
+    publish.ensure()
+    result.publish_here()
+    assert (view.history(run), view.versions, sorted(view.artifacts(run))) == before
+
+    with tracking.problems():
+        dead = view.store.create("f" * 16)
+        view.store.add(dead, tags={follow.reaper.OWNER: follow.reaper.tag_of(process)})
+        follow.reaper.reap(view.store)
+        assert view.client.get_run(dead.info.run_id).info.status == "KILLED"
+
+        known = Champions(view.store, view.model)
+        known.settle()
+        known.crown("1", known.PROMOTED, ["It is the first."])
+        known.settle()
+        assert (known.holder("champion"), known.history, known.state("1")) == ("1", ["1"], known.PROMOTED)
+        view.client.delete_registered_model_alias(view.model, "champion")  # a person
+        known.settle()
+        assert (known.holder("champion"), known.state("1")) == (None, known.WITHDRAWN)
