@@ -94,11 +94,15 @@ def _commit_faults(here: str, tags: Mapping[str, str], params: Mapping[str, str]
         yield f"{here}: git has no commit {commit}"
     elif params and tags.get(DIRTY) == "false":
         there = commits.params_at(commit) or {}
-        others = sorted(key for key in params.keys() | there.keys() if not _same(params.get(key), there.get(key)))
-        if others:
+        if others := other_params(params, there):
             key, rest = others[0], f" and {len(others) - 1} more" if others[1:] else ""
             was = f"{key} is {there.get(key)} there, {params.get(key)} here{rest}"
             yield f"{here}: params.yaml of commit {commit} has other parameters ({was})"
+
+
+def other_params(params: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
+    """The names of the parameters in which a run and a commit differ."""
+    return sorted(key for key in params.keys() | there.keys() if not _same(params.get(key), there.get(key)))
 
 
 def _same(one: str | None, other: str | None) -> bool:

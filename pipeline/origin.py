@@ -16,9 +16,13 @@ def tags() -> dict[str, str]:
 
 
 def commit() -> dict[str, str]:
-    """The commit, and whether tracked files differ from it (dvc.lock aside: running writes it); unknown without git."""
+    """The commit, and whether tracked files differ from it; unknown without git.
+
+    Those that running writes do not count: dvc.lock, and the certificates of replays.
+    """
     head = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)dvc.lock")
+    excluded = (f":(exclude){path}" for path in ("dvc.lock", "certificates"))
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *excluded)
     return {
         "git.commit": (head or "unknown").strip(),
         "git.dirty": "unknown" if head is None or changes is None else str(bool(changes.strip())).lower(),

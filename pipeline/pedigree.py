@@ -64,8 +64,8 @@ class Records:
                 yield recorded.inside(Path(path), entry["relpath"]).as_posix(), copy, self._state(copy, entry["md5"])
 
     def _state(self, at: Path, md5: str) -> str:
-        """How an object of the cache is: sound, changed or missing; each is read once."""
-        if at not in self._states:
+        """How an object of the cache is: sound, changed or missing; read once it is there."""
+        if self._states.get(at, "missing") == "missing":
             try:
                 is_sound = inputs.digest_of(at, "md5") == md5.removesuffix(".dir")
                 self._states[at] = "sound" if is_sound else "changed"

@@ -1,9 +1,11 @@
 """The whole pipeline under DVC, small: what runs, what does not, and that the bytes are the same everywhere."""
 
+import contextlib
 import csv
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +106,24 @@ def test_two_clones_in_other_surroundings_have_the_same_lock(first, tmp_path):
     )
     assert other.repro() == STAGES
     assert other.lock() == first.lock()
+
+
+def test_a_replay_trains_again_beside_the_checkout_and_comes_to_the_same_bytes(first):
+    def state():
+        with contextlib.closing(sqlite3.connect(first.folder / "mlflow.db")) as database:
+            rows = [database.execute(f"select count(*) from {name}").fetchone() for name in ("runs", "metrics", "tags")]
+        return first.lock(), first.run("git", "status", "--porcelain"), rows
+
+    before = state()
+    said = first.run("python", "-m", "pipeline.replay", "models:/gpt2-pipeline/1")
+    assert re.findall(r"Running stage '(\w+)'", said) == ["train", "sample", "evaluate"]
+    assert "train: before training: validation loss" in said, "it does not go on from what is there"
+    found = re.search(r"replay: byte-identical: all \d+ files .* \((certificates/\w+\.md)\)", said)
+    certificate = (first.folder / found[1]).read_text(encoding="utf-8")
+    assert "Nothing that is recorded differs." in certificate and "'threads': 1" in certificate
+    shutil.rmtree(first.folder / "certificates")
+    assert state() == before
+    assert first.run("git", "worktree", "list").count("\n") == 1
 
 
 def test_changing_the_learning_rate_and_back_runs_only_what_follows_and_then_nothing(first):

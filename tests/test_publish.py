@@ -261,6 +261,11 @@ def test_a_run_tells_commit_changes_and_dvc_hashes(repository, monkeypatch):
     assert tags["git.dirty"] == "false", "running writes dvc.lock; that is no change of the code"
     assert tags["dvc.lock.train"] == "models/best ab.dir"
     assert tags["dvc.experiment"] == "bold-name"
+    files.write_text(Path("certificates/x.md"), "one\n")
+    git("add", "certificates")
+    git("commit", "--quiet", "-m", "a certificate")
+    files.write_text(Path("certificates/x.md"), "another\n")
+    assert publish.tags_of({"model_sha256": "x", "verdict": "y"})["git.dirty"] == "false", "nor is a replay"
     with Path("params.yaml").open("a") as params:
         params.write("\n")
     assert publish.tags_of({"model_sha256": "x", "verdict": "y"})["git.dirty"] == "true"

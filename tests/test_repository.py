@@ -162,6 +162,7 @@ def test_git_ignores_what_the_stages_write_and_what_runs_leave():
     left = [
         "pipeline/__pycache__/x",
         ".runs/x",
+        ".replay/x",
         ".prefect/x",
         "mlflow.db",
         "mlflow.db-wal",
