@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from pipeline import commits, inputs, recorded, stage, tracking
 from pipeline.registry import MODEL_SHA256
@@ -118,8 +117,8 @@ class Records:
     @contextlib.contextmanager
     def artifacts(self, run: Any) -> Iterator[Path]:
         """The folder with the files of a run; a server's are fetched."""
-        if run.info.artifact_uri.startswith("file:"):
-            yield Path(unquote(urlsplit(run.info.artifact_uri).path))
+        if (folder := tracking.local_folder(run.info.artifact_uri)) is not None:
+            yield folder
             return
         assert self.client is not None
         with tempfile.TemporaryDirectory() as beside:
