@@ -3,7 +3,8 @@
 In:  models/best and models/last, the tokens, the documents of each split, the rows of train.jsonl, and for the verdict
      the samples and what was found of leakage.
 Out: evaluation.json (losses with 95 % intervals beside baselines), diagnostics.json (the verdict), documents.parquet
-     (the loss of every validation and test document), curves/ (tables for `dvc plots show`) and loss_curve.png.
+     (the loss of every validation and test document), curves/ (tables for `dvc plots show`) and three pictures:
+     loss_curve.png, document_losses.png and calibration.png.
 
     python -m pipeline.evaluate
 
@@ -30,6 +31,7 @@ from pipeline.thresholds import Thresholds
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from pipeline.calibration import Calibration
     from pipeline.corpus import Corpus
     from pipeline.losses import DocumentLosses
     from pipeline.model import Params as ModelParams
@@ -132,8 +134,12 @@ def measure_sides(
     evaluate: Params,
     train: TrainParams,
     label: str,
+    calibrations: Mapping[str, Calibration],
 ) -> dict[str, DocumentLosses]:
-    """Losses of one model on the documents of each side, on the device and in the window of training, in float32."""
+    """Losses of one model on the documents of each side, on the device and in the window of training, in float32.
+
+    The predictions of the sides that have a Calibration are counted there.
+    """
     from pipeline import device, losses
 
     place = device.choose(train.device)
@@ -147,6 +153,7 @@ def measure_sides(
             batch_size=evaluate.batch_size,
             device=place,
             progress=f"{label}, {side}",
+            calibration=calibrations.get(side),
         )
         for side, documents in sides.items()
     }
@@ -155,19 +162,23 @@ def measure_sides(
 def evaluation_of(
     tokens: Corpus,
     best: Mapping[str, DocumentLosses],
+    calibrations: Mapping[str, Calibration],
     baselines: Mapping[str, Mapping[str, float]],
     evaluate: Params,
 ) -> dict[str, Any]:
     """The content of evaluation.json.
 
     Besides validation and test: `train`, the same numbers for the training documents whose loss the loop follows;
-    `generalisation_gap`, validation minus that; `baselines`, for each held-out side the loss of every other model.
+    `calibration_error` of each held-out side; `generalisation_gap`, validation minus training loss; `baselines`, for
+    each held-out side the loss of every other model.
     """
     means = {
         side: bootstrap.means(losses.nats, losses.num_tokens, evaluate.bootstrap_samples, (evaluate.seed, order))
         for order, (side, losses) in enumerate(best.items())
     }
     sides = {side: summary(losses, tokens, means[side]) for side, losses in best.items()}
+    for side, calibration in calibrations.items():
+        sides[side]["calibration_error"] = number(calibration.error)
     return sides | {
         "baselines": {side: {name: number(loss) for name, loss in baselines[side].items()} for side in HELD_OUT},
         "generalisation_gap": {
@@ -195,7 +206,8 @@ def describe(evaluation: Mapping[str, Any], diagnosis: Mapping[str, Any]) -> str
 
 def main(paths: stage.Paths, evaluate: Params, model: ModelParams, train: TrainParams) -> None:
     """Measure the models, judge the run, draw its curves."""
-    from pipeline import device, losses, pictures
+    from pipeline import device, held_out_pictures, losses, pictures
+    from pipeline.calibration import Calibration
     from pipeline.model import initial_model, load_trained
 
     device.make_deterministic()
@@ -204,10 +216,13 @@ def main(paths: stage.Paths, evaluate: Params, model: ModelParams, train: TrainP
     held_out = {side: corpus.read_side(paths["split"], side, tokens.num_documents) for side in HELD_OUT}
     followed = losses.fixed_sample(tokens, train_documents, train.evaluation_documents)
 
-    def measure(loaded: PreTrainedModel, sides: Mapping[str, Ints], label: str) -> dict[str, DocumentLosses]:
-        return measure_sides(loaded, tokens, sides, evaluate, train, label)
+    def measure(
+        loaded: PreTrainedModel, sides: Mapping[str, Ints], label: str, **calibrations: Calibration
+    ) -> dict[str, DocumentLosses]:
+        return measure_sides(loaded, tokens, sides, evaluate, train, label, calibrations)
 
-    best = measure(load_trained(paths["best"]), held_out | {"train": followed}, "best model")
+    calibrations = {side: Calibration() for side in HELD_OUT}
+    best = measure(load_trained(paths["best"]), held_out | {"train": followed}, "best model", **calibrations)
     # Most runs end with their best weights; then there is nothing more to measure.
     same = same_weights(paths["best"], paths["last"])
     last = best if same else measure(load_trained(paths["last"]), held_out, "last model")
@@ -218,7 +233,7 @@ def main(paths: stage.Paths, evaluate: Params, model: ModelParams, train: TrainP
     }
 
     rows = files.read_jsonl(paths["train.jsonl"])
-    evaluation = evaluation_of(tokens, best, baselines, evaluate)
+    evaluation = evaluation_of(tokens, best, calibrations, baselines, evaluate)
     leakage, samples = files.read_json(paths["leakage.json"], *HELD_OUT), files.read_jsonl(paths["samples.jsonl"])
     diagnosis = diagnose.judge(rows, evaluation, leakage, samples, evaluate.thresholds)
     # The verdict is here too, so that `dvc metrics diff` and `dvc exp show` have it beside the losses.
@@ -230,6 +245,10 @@ def main(paths: stage.Paths, evaluate: Params, model: ModelParams, train: TrainP
         files.write_text(folder / "evaluations.csv", curves.to_csv(curves.evaluations(rows)))
     with files.whole_file(paths["loss_curve.png"]) as picture:
         pictures.loss_curve(rows, evaluation, diagnosis, picture)
+    with files.whole_file(paths["document_losses.png"]) as picture:
+        held_out_pictures.document_losses(best, picture)
+    with files.whole_file(paths["calibration.png"]) as picture:
+        held_out_pictures.reliability(calibrations["test"], picture)
     print(describe(evaluation, diagnosis))
 
 

@@ -22,6 +22,8 @@ from pipeline.corpus import Corpus
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from pipeline.calibration import Calibration
+
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
@@ -63,6 +65,7 @@ def measure(
     batch_size: int,
     device: torch.device,
     progress: str | None = None,
+    calibration: Calibration | None = None,
 ) -> DocumentLosses:
     """Measure documents, each by itself, in evaluation mode.
 
@@ -76,6 +79,7 @@ def measure(
         max_length: positions of the window, at most the model's.
         batch_size: pieces a forward pass; fewer where their logits would exceed MAX_LOGITS.
         progress: label of a progress bar, shown on terminals alone.
+        calibration: where every prediction is counted too, if that is asked for; it changes no loss.
 
     Returns:
         The losses in the order of `documents`; log-softmax in float32, sums in float64.
@@ -92,7 +96,8 @@ def measure(
         with torch.inference_mode(), bar:
             for batch in _batches(pieces, batch_size, corpus.vocabulary_size):
                 inputs_BT, targets_BT = _tensors(corpus, documents, pieces, batch)
-                nats_BT = nats(model, inputs_BT.to(device), targets_BT.to(device)).cpu().numpy().astype(np.float64)
+                on_device_BT = nats(model, inputs_BT.to(device), targets_BT.to(device), calibration)
+                nats_BT = on_device_BT.cpu().numpy().astype(np.float64)
                 for piece, nats_T in zip(batch, nats_BT, strict=True):
                     nats_D[pieces.owner[piece]] += nats_T[: pieces.length[piece]].sum()
                 bar.update(int(pieces.length[batch].sum()))
@@ -165,7 +170,12 @@ def num_pieces_at_once(batch_size: int, length: int, vocabulary_size: int) -> in
     return max(1, min(batch_size, MAX_LOGITS // (length * vocabulary_size)))
 
 
-def nats(model: PreTrainedModel, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+def nats(
+    model: PreTrainedModel,
+    inputs_BT: torch.Tensor,
+    targets_BT: torch.Tensor,
+    calibration: Calibration | None = None,
+) -> torch.Tensor:
     """Cross-entropy of every target in float32, 0 where there is padding.
 
     Attention is causal, so padding on the right changes nothing before it and needs no mask.
@@ -174,7 +184,14 @@ def nats(model: PreTrainedModel, inputs_BT: torch.Tensor, targets_BT: torch.Tens
     # A piece at a time: the float32 copy and the log-softmax take the memory of one piece, not of the batch.
     return torch.stack(
         [
-            torch.nn.functional.cross_entropy(logits_TV.float(), targets_T, ignore_index=IGNORED, reduction="none")
+            _of_piece(logits_TV.float(), targets_T, calibration)
             for logits_TV, targets_T in zip(logits_BTV, targets_BT, strict=True)
         ]
     )
+
+
+def _of_piece(logits_TV: torch.Tensor, targets_T: torch.Tensor, calibration: Calibration | None) -> torch.Tensor:
+    nats_T = torch.nn.functional.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="none")
+    if calibration is not None:
+        calibration.add(logits_TV, targets_T, nats_T)
+    return nats_T

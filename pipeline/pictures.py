@@ -1,35 +1,25 @@
-"""The loss curve of a run as a picture that needs no explanation beside it.
-
-Same input, same bytes: no display, no user's matplotlib settings, no version or time in the file.
-"""
+"""The loss curve of a run as a picture that needs no explanation beside it."""
 
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline import curves
+from pipeline.drawing import BASELINE, BATCH, BEST, TRAIN, VALIDATION, label, picture, plain
 
 Row = Mapping[str, Any]
 
-# Colours that colour-blind readers tell apart (Okabe and Ito, 2008); markers and labels tell the same again.
-BATCH, TRAIN, VALIDATION, BEST, BASELINE = "#bbbbbb", "#0072b2", "#d55e00", "#009e73", "#555555"
-
 
 def loss_curve(rows: Sequence[Row], evaluation: Mapping[str, Any], diagnosis: Mapping[str, Any], path: Path) -> None:
-    """Write a PNG: losses over steps, the best checkpoint, the baselines, and the verdict as its title."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Write a PNG: losses over steps, the best checkpoint, the baselines, and the verdict as its title.
 
+    Where overfitting and a loss spike are among the verdicts, it shows when they began.
+    """
     steps, measured = _finite(curves.training(rows)), _finite(curves.evaluations(rows))
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        figure = Figure(figsize=(9, 5.5), dpi=120, layout="constrained")
-        FigureCanvasAgg(figure)
+    with picture(path, diagnosis["verdict"].replace("_", " "), diagnosis["because"]) as figure:
         axes = figure.add_subplot()
         axes.plot(*_columns(steps, "loss"), color=BATCH, linewidth=1, label="training batches")
         axes.plot(*_columns(measured, "train_eval_loss"), color=TRAIN, marker="s", markersize=4, label="training text")
@@ -38,17 +28,12 @@ def loss_curve(rows: Sequence[Row], evaluation: Mapping[str, Any], diagnosis: Ma
         )
         _mark_best(axes, measured)
         _draw_baselines(axes, evaluation["baselines"]["validation"])
+        _show_when(axes, diagnosis["verdicts"], diagnosis["evidence"])
         axes.set(xlabel="optimizer step", ylabel="loss (nats per predicted token)")
         axes.set_xlim(left=0)
-        axes.grid(color="#eeeeee")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
         axes.margins(y=0.08)
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
-        because = textwrap.wrap(diagnosis["because"], 115)
-        axes.set_title("\n".join(because), loc="left", fontsize=9, color="#333333")
-        figure.suptitle(diagnosis["verdict"].replace("_", " "), x=0.06, ha="left", fontsize=14, fontweight="bold")
-        figure.savefig(path, format="png", metadata={"Software": None})
 
 
 def _mark_best(axes: Any, measured: Sequence[Mapping[str, float]]) -> None:
@@ -58,7 +43,7 @@ def _mark_best(axes: Any, measured: Sequence[Mapping[str, float]]) -> None:
     best = min(measured, key=lambda point: point["validation_loss"])
     axes.plot(best["step"], best["validation_loss"], "*", color=BEST, markersize=16, markeredgecolor="white", zorder=5)
     on_the_right = best["step"] > measured[-1]["step"] / 2
-    _label(
+    label(
         axes,
         f"best: {best['validation_loss']:.3f} at step {best['step']:,}",
         (best["step"], best["validation_loss"]),
@@ -77,7 +62,7 @@ def _draw_baselines(axes: Any, baselines: Mapping[str, float | None]) -> None:
         axes.axhline(loss, color=BASELINE, linewidth=1, linestyle="--", zorder=1)
         # The lower label hangs below its line, so that two close lines keep theirs apart.
         below = order == 0 and len(known) > 1
-        _label(
+        label(
             axes,
             f"{name}: {loss:.3f}",
             (0.98, loss),
@@ -90,10 +75,33 @@ def _draw_baselines(axes: Any, baselines: Mapping[str, float | None]) -> None:
         )
 
 
-def _label(axes: Any, text: str, place: tuple[float, float], *, offset: tuple[int, int], **looks: Any) -> None:
-    """Text near a place, legible on top of lines."""
-    background = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1}
-    axes.annotate(text, place, xytext=offset, textcoords="offset points", bbox=background, zorder=6, **looks)
+def _show_when(axes: Any, verdicts: Sequence[str], evidence: Mapping[str, Any]) -> None:
+    """From where on the model only learned training text by heart, and where the loss of batches jumped."""
+    last_step = evidence["last_step"]
+    if "overfitting" in verdicts:
+        since = evidence["flat_since_step"]
+        axes.axvspan(since, last_step, color=VALIDATION, alpha=0.1, linewidth=0, zorder=0)
+        _label_at(axes, f"overfitting since step {since:,}", since, last_step, height=0.795, color=VALIDATION)
+    if "loss_spike" in verdicts:
+        step, jump = evidence["spike_step"], evidence["spike_height"]
+        axes.axvline(step, color=BASELINE, linewidth=1, linestyle=":", zorder=1)
+        _label_at(axes, f"loss spike at step {step:,}: up by {jump:.3f}", step, last_step, height=0.865, color=BASELINE)
+
+
+def _label_at(axes: Any, text: str, step: int, last_step: int, *, height: float, color: str) -> None:
+    """Text beside a step, on the side that has room; `height` is a share of the picture's."""
+    on_the_right = step > 0.6 * last_step
+    label(
+        axes,
+        text,
+        (step, height),
+        offset=(-5 if on_the_right else 5, 0),
+        xycoords=("data", "axes fraction"),
+        ha="right" if on_the_right else "left",
+        va="center",
+        color=color,
+        fontsize=9,
+    )
 
 
 def _columns(points: Sequence[Mapping[str, float]], column: str) -> tuple[list[float], list[float]]:

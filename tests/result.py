@@ -66,7 +66,7 @@ def write(folder: Path, seed: int = 0) -> Path:
     files.write_json(reports / "diagnostics.json", diagnosis)
     samples = [{"prompt": text[:8], "text": text + "\nIt\tis so.", "memorised": False} for text in TEXTS]
     files.write_text(reports / "samples.jsonl", jsonl(samples))
-    for name in ("samples.md", "documents.parquet", "loss_curve.png"):
+    for name in ("samples.md", "documents.parquet", "loss_curve.png", "document_losses.png", "calibration.png"):
         files.write_text(reports / name, name)
     return folder
 

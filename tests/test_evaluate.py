@@ -107,6 +107,8 @@ def test_both_sides_have_the_numbers_of_the_contract_and_they_agree(outputs: dic
         assert found["bits_per_byte"] == pytest.approx(bits / tokens.num_bytes[documents].sum())
         low, high = found["loss_ci95"]
         assert low < found["loss"] < high
+        assert 0 < found["calibration_error"] < 1
+    assert "calibration_error" not in evaluation["train"]
     assert evaluation["verdict"] == files.read_json(outputs["diagnostics.json"])["verdict"]
 
 
@@ -149,7 +151,8 @@ def test_every_held_out_document_has_a_row_that_adds_up_to_the_loss(outputs: dic
 
 def test_evaluating_again_gives_the_same_bytes(inputs: Path, outputs: dict[str, Path], tmp_path: Path):
     again = run(inputs, tmp_path / "elsewhere")
-    for name in ("evaluation.json", "diagnostics.json", "documents.parquet", "loss_curve.png", "curves"):
+    pictures = ("loss_curve.png", "document_losses.png", "calibration.png")
+    for name in ("evaluation.json", "diagnostics.json", "documents.parquet", "curves", *pictures):
         assert files.sha256_of(again[name]) == files.sha256_of(outputs[name]), name
 
 
@@ -187,7 +190,8 @@ def test_weights_that_are_not_numbers_are_reported_and_not_a_crash(
         next(iter(broken.parameters())).fill_(math.nan)
     broken.save_pretrained(paths["best"])
     evaluate.main(paths, evaluate=PARAMS, model=BASE, train=TRAIN)
-    assert files.read_json(paths["evaluation.json"])["test"]["loss"] is None
+    test = files.read_json(paths["evaluation.json"])["test"]
+    assert test["loss"] is None and test["calibration_error"] is None
     assert files.read_json(paths["diagnostics.json"])["verdict"] == "non_finite"
     assert "no finite perplexity" in capsys.readouterr().out
 
@@ -252,7 +256,7 @@ def test_sides_are_resampled_independently(outputs: dict[str, Path]):
     tokens = corpus.load(outputs["tokens"])
     same = {side: documents_of(100) for side in ("validation", "test", "train")}
     none: dict[str, dict[str, float]] = {"validation": {}, "test": {}}
-    gap = evaluate.evaluation_of(tokens, same, none, PARAMS)["generalisation_gap"]
+    gap = evaluate.evaluation_of(tokens, same, {}, none, PARAMS)["generalisation_gap"]
     assert gap["loss"] == 0
     low, high = gap["loss_ci95"]
     # Two independent means of 100 numbers: the standard error of their difference is known.
