@@ -14,16 +14,15 @@ import contextlib
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from pipeline import publication, reaper, stage, tracking
+from pipeline import machine, publication, reaper, stage, tracking
 
 SPEED = "tokens_per_s"
-INTERVAL_S, MACHINE_INTERVAL_S = 3.0, 10.0
+INTERVAL_S = 3.0
 RETRY_S = 30.0
 
 
@@ -53,27 +52,6 @@ class Tail:
         return rows
 
 
-class Machine:
-    """What the machine does, measured by MLflow's own monitors: processor, memory, disk, network, GPUs if there are."""
-
-    def __init__(self) -> None:
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        self._monitor = SystemMetricsMonitor("", tracking_uri=tracking.uri())  # never started: it only measures
-        self._monitor.collect_metrics()  # the share of the processor is that since the last time
-        self._measured_s = time.monotonic()
-
-    def points(self, step: int) -> tracking.Points:
-        """The points of this step, if the last ones were taken long enough ago."""
-        if time.monotonic() - self._measured_s < MACHINE_INTERVAL_S:
-            return {}
-        self._measured_s = time.monotonic()
-        for one in self._monitor.monitors:
-            one.clear_metrics()
-        self._monitor.collect_metrics()
-        return {(tracking.SYSTEM + name, step): value for name, value in self._monitor.aggregate_metrics().items()}
-
-
 class Live:
     """The run of a training in progress, found by its fingerprint or created."""
 
@@ -95,7 +73,7 @@ class Live:
                 of_machine = {name for name in self.run.data.metrics if name.startswith(tracking.SYSTEM)}
                 self.held = set(self.store.points(self.run, {*tracking.CURVES, tracking.GAP, SPEED, *of_machine}))
         reaper.reap(self.store, self.run)
-        self.machine = Machine()
+        self.machine = machine.Machine()
 
     def send(self, points: tracking.Points) -> None:
         """Write the points that the run does not hold yet, unless another attempt has taken it up meanwhile."""

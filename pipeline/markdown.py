@@ -10,7 +10,7 @@ def escaped(line: str) -> str:
     """A line that Markdown shows as it is, with no more backslashes than that takes; control characters show."""
     line = re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", line.replace("\t", " "))
     line = re.sub(r"[\\`*_\[\]<>|~&$@#]|^[-+=]|:(?=//)|(?<=www)\.", r"\\\g<0>", line)  # marks, links, mentions
-    return re.sub(r"^(\d+)([.)])", r"\1\\\2", line)  # no numbered list
+    return re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", line)  # no numbered list
 
 
 def table(head: Sequence[str], rows: Iterable[Iterable[object]]) -> list[str]:

@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from pipeline import follow, reaper, tracking
+from pipeline import follow, machine, reaper, tracking
 from tests import result
 from tests.test_publish import View, complete
 
@@ -20,7 +20,7 @@ NAME = result.FINGERPRINT[: tracking.NUM_FINGERPRINT_DIGITS]
 def folder(repository, monkeypatch):
     """The folder of a training that has just begun."""
     monkeypatch.setattr(follow, "INTERVAL_S", 0.1)
-    monkeypatch.setattr(follow, "MACHINE_INTERVAL_S", 0.3)
+    monkeypatch.setattr(machine, "INTERVAL_S", 0.3)
     folder = repository / ".runs" / NAME
     folder.mkdir(parents=True)
     return folder

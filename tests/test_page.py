@@ -60,7 +60,7 @@ def test_a_description_has_verdict_advice_losses_and_the_way_back():
 
 def test_what_changed_is_a_table_that_no_value_breaks():
     text = description([], made(), made(train__learning_rate="a|b<i>"))
-    assert "| `train.learning_rate` | 0\\.002 | a\\|b\\<i\\> |" in text and "champion (version 3)" in text
+    assert "| `train.learning_rate` | 0.002 | a\\|b\\<i\\> |" in text and "champion (version 3)" in text
 
 
 def test_no_sample_becomes_markup_and_all_fit():
