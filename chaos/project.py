@@ -126,7 +126,7 @@ class Reference:
             if name == "train":
                 self.train_s = time.monotonic() - began - 2  # less what DVC takes
         self._commit("lock")
-        remove(self.folder / ".runs")
+        files.remove(self.folder / ".runs")
         self.learn_calls(self.trace, self.folder)
         self.result = self.result_of(self.folder)
 
@@ -153,7 +153,7 @@ class Reference:
             (to / "dvc.lock").unlink()
         for name in self.stages[first:]:
             for out in self.outs[name]:
-                remove(to / out)
+                files.remove(to / out)
         for entry in (to / ".dvc" / "cache" / "runs").glob("*/*/*"):
             if entry.read_bytes().split(b"\n")[0].decode() in {f"cmd: python -m pipeline.{name}" for name in stale}:
                 shutil.rmtree(entry.parent)
@@ -214,14 +214,6 @@ def outputs(definition: Mapping[str, Any]) -> list[str]:
     """The paths that a stage of dvc.yaml writes."""
     entries = [entry for kind in ("outs", "metrics", "plots") for entry in definition.get(kind, [])]
     return [next(iter(entry)) if isinstance(entry, Mapping) else entry for entry in entries]
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder that may be there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def objects(folder: Path) -> list[Path]:
