@@ -126,7 +126,7 @@ class Reference:
             if name == "train":
                 self.train_s = time.monotonic() - began - 2  # less what DVC takes
         self._commit("lock")
-        remove(self.folder / ".runs")
+        files.remove(self.folder / ".runs")
         self.learn_calls(self.trace, self.folder)
         self.result = self.result_of(self.folder)
 
@@ -153,7 +153,7 @@ class Reference:
             (to / "dvc.lock").unlink()
         for name in self.stages[first:]:
             for out in self.outs[name]:
-                remove(to / out)
+                files.remove(to / out)
         for entry in (to / ".dvc" / "cache" / "runs").glob("*/*/*"):
             if entry.read_bytes().split(b"\n")[0].decode() in {f"cmd: python -m pipeline.{name}" for name in stale}:
                 shutil.rmtree(entry.parent)
@@ -216,14 +216,6 @@ def outputs(definition: Mapping[str, Any]) -> list[str]:
     return [next(iter(entry)) if isinstance(entry, Mapping) else entry for entry in entries]
 
 
-def remove(path: Path) -> None:
-    """Remove a file or a folder that may be there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def objects(folder: Path) -> list[Path]:
     """Every object of the project's DVC cache; what DVC left unfinished is not named like one."""
     found = sorted((folder / ".dvc" / "cache" / "files" / "md5").glob("??/*"))
@@ -259,7 +251,7 @@ def published(database: Path, served: Path | None = None) -> Result:
         finished = [(run, uri) for run, status, uri in runs if status == "FINISHED"]
         for run, uri in finished:
             points = db.execute("SELECT key, step, value FROM metrics WHERE run_uuid = ?", [run]).fetchall()
-            points = sorted(point for point in points if point[0] != "tokens_per_s")
+            points = sorted(point for point in points if not point[0].startswith(("tokens_per_s", "system/")))
             found["MLflow: points"] = f"{len(points)} {digest_of(points)}"
             found["MLflow: parameters"] = digest_of(
                 sorted(db.execute("SELECT key, value FROM params WHERE run_uuid = ?", [run]))

@@ -23,7 +23,7 @@ from ruamel.yaml import YAML
 
 from examples import fetch_pretrained, real_text
 from pipeline import files, stage
-from pipeline.summary import one_line
+from pipeline.page import one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["A class definition", "The value of the expression", "When an exception is raised,"]

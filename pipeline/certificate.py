@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pipeline import files, inputs, recorded, resume
+from pipeline import files, inputs, markdown, recorded, resume
 
 ROOT = Path("certificates")  # for git: evidence is to be committed
 IDENTICAL, WITHIN, NOT_REPRODUCED = "byte-identical", "within tolerance", "not reproduced"
@@ -145,11 +145,11 @@ def text(content: Mapping[str, Any]) -> str:
             "",
             f"**{content['outcome']}**: {content['why']}.",
             "",
-            *_table(["", ""], about.items()),
+            *markdown.table(["", ""], about.items()),
             "",
             "## Losses, in nats per token",
             "",
-            *_table(
+            *markdown.table(
                 ["", "recorded", "replayed", "difference"],
                 ([name, *map(_number, one.values())] for name, one in content["losses"].items()),
             ),
@@ -158,11 +158,11 @@ def text(content: Mapping[str, Any]) -> str:
             "",
             *(f"- {line}" for line in others or ["Nothing that is recorded differs."]),
             "",
-            *_table(["", "recorded", "replayed"], ([key, then[key], now[key]] for key in now)),
+            *markdown.table(["", "recorded", "replayed"], ([key, then[key], now[key]] for key in now)),
             "",
             "## Files",
             "",
-            *_table(
+            *markdown.table(
                 ["file", "recorded", "replayed"],
                 ([one[key] or "not there" for key in ("path", "recorded", "replayed")] for one in content["files"]),
             ),
@@ -173,8 +173,3 @@ def text(content: Mapping[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.6g}"
-
-
-def _table(head: Sequence[str], rows: Iterable[Iterable[object]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
-    return [f"| {' | '.join(line)} |" for line in lines]

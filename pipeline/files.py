@@ -24,6 +24,14 @@ MAX_JSON_BYTES = 2**22  # of a file, or of a line of one: parsing can take thirt
 STORES = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}|/blobs/[0-9a-f]{40,64}")
 
 
+def remove(path: Path) -> None:
+    """Remove a file or a folder that may be there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path; when the block ends well, it becomes `path`, durably."""

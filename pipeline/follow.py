@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from pipeline import publication, reaper, stage, tracking
+from pipeline import machine, publication, reaper, stage, tracking
 
 SPEED = "tokens_per_s"
 INTERVAL_S = 3.0
@@ -57,7 +57,7 @@ class Live:
 
     def __init__(self, fingerprint: str, trainer: str) -> None:
         params = stage.load_params()
-        self.trainer = trainer
+        self.trainer, self.step = trainer, 0
         with tracking.alone():  # two processes at once would make the tables of a new database twice
             self.store = tracking.Store(params["publish"].experiment)
             known = self.store.runs(tracking.FINGERPRINT, fingerprint)
@@ -70,11 +70,15 @@ class Live:
                 sections = {name: params[name].model_dump() for name in ("model", "train")}
                 self.store.add(self.run, params=publication.flat(sections), tags={reaper.OWNER: trainer})
                 self.store.client.update_run(self.run.info.run_id, status="RUNNING")
-                self.held = set(self.store.points(self.run, {*tracking.CURVES, tracking.GAP, SPEED}))
+                of_machine = {name for name in self.run.data.metrics if name.startswith(tracking.SYSTEM)}
+                self.held = set(self.store.points(self.run, {*tracking.CURVES, tracking.GAP, SPEED, *of_machine}))
         reaper.reap(self.store, self.run)
+        self.machine = machine.Machine()
 
     def send(self, points: tracking.Points) -> None:
         """Write the points that the run does not hold yet, unless another attempt has taken it up meanwhile."""
+        self.step = max([self.step, *(step for _, step in points)])
+        points = points | self.machine.points(self.step)
         new = {at: value for at, value in points.items() if at not in self.held}
         if new:
             with tracking.alone():  # an attempt that takes it up now finds all of these, or writes all of them

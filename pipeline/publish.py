@@ -13,6 +13,7 @@ gate is asked whether the model becomes the champion (`pipeline/promote.py`); th
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from pipeline import files, publication, stage
 from pipeline.gate import Limits
 
 if TYPE_CHECKING:
-    from pipeline import registry
+    from pipeline import registry, tracking
 
 
 class Params(stage.Params):
@@ -126,10 +127,38 @@ def project(result: Mapping[str, Any], paths: stage.Paths) -> str:
         )
         store.add_datasets(run, result["datasets"])
         store.add_files(run, publication.reports(paths))
+        describe(store, run, result, paths)
         version = registry.register(store, run, model_of(result, paths))
         store.end(run, "FINISHED")  # last: it says that nothing is missing
         reaper.reap(store)
     return version
+
+
+def describe(store: tracking.Store, run: Any, result: Mapping[str, Any], paths: stage.Paths) -> None:
+    """Write what a person reads of the run: its name, its description, its samples."""
+    from pipeline import origin, page, registry
+    from pipeline.champions import Champions
+
+    digests = {side: about["digest"] for side, about in result["datasets"].items()}
+    new = page.Made(result["params"], digests, origin.commit()["git.commit"])
+    number, champion = None, None
+    if (found := registry.run_of(store, result["registered_model"], Champions.ALIAS)) is not None:
+        number, theirs = found
+        held = theirs.inputs.dataset_inputs if theirs.inputs else []
+        digests = {known.dataset.name: known.dataset.digest for known in held}
+        champion = page.Made(theirs.data.params, digests, theirs.data.tags.get("git.commit", "unknown"))
+    samples = files.read_jsonl(paths["samples.jsonl"])
+    text = page.description(
+        run.info.run_id,
+        files.read_json(paths["evaluation.json"]),
+        files.read_json(paths["diagnostics.json"], "findings"),
+        samples,
+        new,
+        champion,
+        number,
+    )
+    store.describe(run, page.name(result["publication"], new, champion, os.environ.get("DVC_EXP_NAME")), text)
+    store.add_table(run, "samples.json", page.samples_table(samples))
 
 
 def tags_of(result: Mapping[str, Any]) -> dict[str, str]:
@@ -155,6 +184,7 @@ def model_of(result: Mapping[str, Any], paths: stage.Paths) -> registry.Model:
             tracking.PUBLICATION: result["publication"],
             "pipeline.verdict": result["verdict"],
             "git.commit": origin.commit()["git.commit"],
+            **origin.lock_hashes(),
             **{f"{side}_loss": loss for side, loss in losses.items()},
         },
         description=(

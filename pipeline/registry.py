@@ -58,6 +58,16 @@ def is_current(store: Store, name: str, sha256: str) -> bool:
     return version is not None and _aliases(store, name).get(ALIAS) == str(version.version)
 
 
+def run_of(store: Store, name: str, alias: str) -> tuple[str, Any] | None:
+    """The number of the version with this alias, and the run that made it; None where there is none."""
+    if not store.client.search_registered_models(f"name = '{name}'"):
+        return None
+    number = _aliases(store, name).get(alias)
+    if number is None:
+        return None
+    return number, store.client.get_run(store.client.get_model_version(name, number).run_id)
+
+
 def register(store: Store, run: Any, model: Model) -> str:
     """Make the model a version with the alias, doing only what is not done yet; return the version's number."""
     name = model.registered_model

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pydantic
 from pydantic import Field
 
-from pipeline import corpus, files, stage
+from pipeline import corpus, files, markdown, stage
 from pipeline.stage import Refusal
 
 if TYPE_CHECKING:
@@ -149,20 +148,13 @@ def page(rows: list[Row]) -> str:
 
 
 def _quoted(text: str) -> str:
-    return f"“{' '.join(_escape(line) for line in text.splitlines())}”"
+    return f"“{' '.join(markdown.escaped(line) for line in text.splitlines())}”"
 
 
 def _markdown_lines(text: str) -> list[str]:
     """The text's lines that are not blank, a hard break after each but the last."""
-    lines = [_escape(line.strip()) for line in text.splitlines() if line.strip()] or [" "]
+    lines = [markdown.escaped(line.strip()) for line in text.splitlines() if line.strip()] or [" "]
     return [line + "\\" for line in lines[:-1]] + lines[-1:]
-
-
-def _escape(line: str) -> str:
-    """A line that Markdown shows as it is, with no more backslashes than that takes; control characters show."""
-    line = re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", line.replace("\t", " "))
-    line = re.sub(r"[\\`*_\[\]<>|~&$@#]|^[-+=]|:(?=//)|(?<=www)\.", r"\\\g<0>", line)  # marks, links, mentions
-    return re.sub(r"^(\d+)([.)])", r"\1\\\2", line)  # no numbered list
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

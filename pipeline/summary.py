@@ -9,10 +9,9 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pipeline import files, publish, stage
+from pipeline import files, page, publish, stage
 
 SIDES = ("validation", "test")
-NUM_SAMPLES = 3
 
 
 def lines(
@@ -32,20 +31,9 @@ def lines(
             + (f"  (losses beside it: {beside})" if beside else "")
         )
     yield f"{'verdict':10}  {diagnosis['verdict']}. {next(iter(diagnosis['advice']), '')}".rstrip()
-    yield from (f"{'sample':10}  {one_line(sample['text'], width - 12)}" for sample in _chosen(samples))
+    yield from (f"{'sample':10}  {page.one_line(sample['text'], width - 12)}" for sample in page.one_a_prompt(samples))
     yield f"{'model':10}  {model} (AutoModelForCausalLM.from_pretrained loads it)"
     yield f"{'look on':10}  make ui | dvc metrics diff | dvc plots show | {diagnosis['guide']}"
-
-
-def one_line(text: str, width: int) -> str:
-    """The text without its line breaks, cut to the width."""
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: max(1, width - 1)].rstrip() + "…"
-
-
-def _chosen(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The last sample of each of the first prompts: a sampled one, where there is one."""
-    return list({sample["prompt"]: sample for sample in samples}.values())[:NUM_SAMPLES]
 
 
 def _number(value: float | None) -> str:

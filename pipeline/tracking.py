@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import re
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ Points = dict[tuple[str, int], float]  # (metric, step) -> value
 
 CURVES = ("loss", "learning_rate", "grad_norm", "train_eval_loss", "validation_loss")
 GAP = "generalisation_gap"
+SYSTEM = "system/"  # before the names of what the machine does, as MLflow's pages want it
 CONTEXTS = {"train": "training", "validation": "validation", "test": "test"}  # as MLflow names them
 FINGERPRINT, PUBLICATION, SUPERSEDED = "pipeline.fingerprint", "pipeline.publication", "pipeline.superseded_by"
 NUM_FINGERPRINT_DIGITS = 16  # the run folder's name has as many
@@ -219,8 +221,10 @@ class Store:
         missing = {
             key: value[:MAX_PARAM_CHARACTERS] for key, value in (params or {}).items() if key not in run.data.params
         }
+        now_ms = time.time_ns() // 10**6  # what the machine does has a clock, results have none
         metrics = [
-            self.entities.Metric(name, value, start_ms + step, step) for (name, step), value in (points or {}).items()
+            self.entities.Metric(name, value, now_ms if name.startswith(SYSTEM) else start_ms + step, step)
+            for (name, step), value in (points or {}).items()
         ]
         for some in chunks(metrics, BATCH_METRICS):
             self.client.log_batch(run.info.run_id, metrics=some)
@@ -255,8 +259,17 @@ class Store:
         else:
             run, held = self.create(fingerprint), {}
         self.client.set_tag(run.info.run_id, PUBLICATION, publication)
-        self.client.update_run(run.info.run_id, name=os.environ.get("DVC_EXP_NAME") or publication[:8])
         return run, held
+
+    def describe(self, run: Any, name: str, text: str) -> None:
+        """Give a run its name and its description, in Markdown."""
+        self.client.update_run(run.info.run_id, name=name)
+        self.client.set_tag(run.info.run_id, "mlflow.note.content", text)
+
+    def add_table(self, run: Any, file: str, table: Mapping[str, Any]) -> None:
+        """Write a table where MLflow's pages look for tables; its own log_table would add the same rows once more."""
+        self.client.log_dict(run.info.run_id, dict(table), file)
+        self.client.set_tag(run.info.run_id, "mlflow.loggedArtifacts", json.dumps([{"path": file, "type": "table"}]))
 
     def add_datasets(self, run: Any, datasets: Mapping[str, Mapping[str, Any]]) -> None:
         """Write the lineage: a dataset for each side, named by it."""

@@ -54,7 +54,7 @@ class Writer:
         self.trainer = trainer
         batches, first = trainer.batches, checkpoint.step if checkpoint else 0
         for partial in self.run.folder.glob(".*.partial"):  # of a process that was killed
-            shutil.rmtree(partial)
+            files.remove(partial)
         check_disk(trainer.num_parameters, self.run.folder)
         if checkpoint:
             self.run.start_rows(checkpoint.state["rows"]["num_bytes"], checkpoint.rows_sha256)

@@ -59,12 +59,16 @@ def write(folder: Path, seed: int = 0) -> Path:
     files.write_text(reports / "train.jsonl", jsonl(rows()))
     files.write_text(reports / "curves" / "training.csv", "step,loss\n")
     numbers = {"perplexity": 200.3, "bits_per_byte": 2.1, "num_tokens": 9, "num_documents": 1, "loss_ci95": [5.0, 5.6]}
-    evaluation = {side: {"loss": 5.3 + number / 10} | numbers for number, side in enumerate(("validation", "test"))}
-    evaluation["baselines"] = {side: {"unigram": 6.1, "initial": 6.2} for side in ("validation", "test")}
+    sides = ("validation", "test", "train")
+    evaluation = {side: {"loss": 5.3 + number / 10} | numbers for number, side in enumerate(sides)}
+    evaluation["baselines"] = {side: {"unigram": 6.1, "initial": 6.2, "last": 5.3} for side in ("validation", "test")}
     files.write_json(reports / "evaluation.json", evaluation)
     diagnosis = {"verdict": "healthy", "evidence": {}, "advice": ["Train longer."], "guide": "docs/guide.md#healthy"}
-    files.write_json(reports / "diagnostics.json", diagnosis)
+    diagnosis["because"] = "Validation loss went down and levelled off."
+    files.write_json(reports / "diagnostics.json", diagnosis | {"findings": [diagnosis]})
     samples = [{"prompt": text[:8], "text": text + "\nIt\tis so.", "memorised": False} for text in TEXTS]
+    for sample in samples:
+        sample |= {"continuation": sample["text"][8:], "method": "greedy", "longest_overlap_num_tokens": 3}
     files.write_text(reports / "samples.jsonl", jsonl(samples))
     for name in ("samples.md", "documents.parquet", "loss_curve.png", "document_losses.png", "calibration.png"):
         files.write_text(reports / name, name)

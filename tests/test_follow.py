@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from pipeline import follow, reaper, tracking
+from pipeline import follow, machine, reaper, tracking
 from tests import result
 from tests.test_publish import View, complete
 
@@ -20,6 +20,7 @@ NAME = result.FINGERPRINT[: tracking.NUM_FINGERPRINT_DIGITS]
 def folder(repository, monkeypatch):
     """The folder of a training that has just begun."""
     monkeypatch.setattr(follow, "INTERVAL_S", 0.1)
+    monkeypatch.setattr(machine, "INTERVAL_S", 0.3)
     folder = repository / ".runs" / NAME
     folder.mkdir(parents=True)
     return folder
@@ -93,6 +94,9 @@ def test_curves_are_live_and_published_once(folder, trainer):
     (live,) = view.runs
     assert live.info.status == "RUNNING"
     assert live.data.metrics["tokens_per_s"] == 99.5
+    wait_for(lambda: "system/cpu_utilization_percentage" in view.runs[0].data.metrics)
+    found = view.runs[0].data.metrics
+    assert found["system/system_memory_usage_megabytes"] > 0 and 0 <= found["system/cpu_utilization_percentage"] <= 100
     assert live.data.params["train.max_length"] == "128"
     with (folder / "train.jsonl").open("a") as file:
         file.write(result.jsonl(rows[5:8]))
@@ -233,6 +237,7 @@ def test_after_any_number_of_restarts_every_point_is_there_once(folder):
     view = View()
     (run,) = view.runs
     history = view.history(run)
+    history = {name: points for name, points in history.items() if not name.startswith(tracking.SYSTEM)}
     assert history.pop(follow.SPEED) == [(step, float((step + 1) // 2)) for step in range(1, 11)]
     for name, points in history.items():
         assert points == sorted((step, value) for (key, step), value in rows.items() if key == name)

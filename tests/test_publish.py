@@ -65,10 +65,10 @@ def complete(view, run):
     """Assert that a run holds all that the files say, and nothing twice."""
     published = files.read_json(Path("reports/publication.json"))
     assert run.info.status == "FINISHED"
-    assert run.info.run_name == published["publication"][:8]
+    assert run.info.run_name.endswith(f" | {published['publication'][:8]}")
     assert run.data.params == published["params"]
     points = tracking.points_of(files.read_jsonl(Path("reports/train.jsonl")))
-    history = view.history(run)
+    history = {name: points for name, points in view.history(run).items() if not name.startswith(tracking.SYSTEM)}
     for name in (*tracking.CURVES, tracking.GAP):
         assert history.pop(name) == sorted((step, value) for (key, step), value in points.items() if key == name)
     final = publication.final_metrics(files.read_json(Path("reports/evaluation.json")))
@@ -80,7 +80,7 @@ def complete(view, run):
     assert len(run.inputs.dataset_inputs) == 3
     assert [tag.value for tag in datasets["train"].tags] == ["training"]
     reports = {str(path) for path in Path("reports").rglob("*") if path.is_file()} - {"reports/publication.json"}
-    assert set(view.artifacts(run)) == reports
+    assert set(view.artifacts(run)) == reports | {"samples.json"}
     assert [output.step for output in run.outputs.model_outputs] == [result.BEST_STEP]
 
 
@@ -95,6 +95,41 @@ def test_one_run_holds_everything(repository):
     assert run.data.metrics["test/loss_ci95_low"] == 5.0
     assert run.data.metrics["baselines/test/unigram"] == 6.1
     assert run.data.tags["pipeline.verdict"] == "healthy"
+
+
+def test_the_page_of_a_run_tells_verdict_losses_samples_and_the_way_back(repository):
+    result.publish_here()
+    view = View()
+    (run,) = view.runs
+    assert run.info.run_name.startswith("first | ")
+    text = run.data.tags["mlflow.note.content"]
+    for part in (
+        "**healthy**: Validation loss went down and levelled off.",
+        "- Train longer.",
+        "| **test** | 5.4 | 5 to 5.6 | 200.3 |",
+        "| validation, word frequencies alone | 6.1 |",
+        "> The old fox sleeps. It is so.",
+        f"python -m pipeline.audit {run.info.run_id}",
+    ):
+        assert part in text, text
+    table = view.client.load_table(view.store.experiment_id, "samples.json", [run.info.run_id])
+    assert list(table["prompt"]) == [text[:8] for text in result.TEXTS]
+    assert (table["prompt"] + table["continuation"]).str.replace(r"\s+", " ", regex=True).iloc[0].endswith("It is so.")
+
+
+def test_a_run_is_named_for_what_it_changed_against_the_champion(repository, monkeypatch):
+    result.publish_here()
+    view = View()
+    view.client.set_registered_model_alias(view.model, "champion", "1")
+    with result.edited(Path("params.yaml"), "temperature: 0.8", "temperature: 0.7"):
+        result.publish_here()
+    monkeypatch.setenv("DVC_EXP_NAME", "bold-name")
+    files.write_text(Path("reports/samples.md"), "other")
+    result.publish_here()
+    names = [run.info.run_name.rpartition(" | ")[0] for run in view.runs]
+    assert names == ["first", "temperature 0.8 -> 0.7", "bold-name: again"]
+    text = view.runs[1].data.tags["mlflow.note.content"]
+    assert "| `sample.temperature` | 0.8 | 0.7 |" in text and "champion (version 1)" in text
 
 
 def test_publishing_twice_changes_nothing(repository):
@@ -143,6 +178,7 @@ def test_the_registered_model_is_the_evaluated_one_byte_for_byte(repository):
     (version,) = view.versions
     assert str(version.version) == view.challenger == "1"
     assert version.tags["validation_loss"] == "5.3000" and "healthy" in version.description
+    assert {"pipeline.verdict", "test_loss", "pipeline.fingerprint", "git.commit"} <= set(version.tags)
     model = view.client.get_logged_model(version.source.removeprefix("models:/"))
     folder = Path(url2pathname(urlparse(model.artifact_location).path))
     assert (folder / "data/best/model.safetensors").read_bytes() == Path("models/best/model.safetensors").read_bytes()
@@ -340,7 +376,7 @@ class KilledError(BaseException):
 
 WRITES = (
     "create_experiment", "create_run", "set_tag", "update_run", "log_batch", "log_inputs", "log_artifact",
-    "log_artifacts", "create_logged_model", "log_model_artifacts", "log_outputs", "finalize_logged_model",
+    "log_artifacts", "log_dict", "create_logged_model", "log_model_artifacts", "log_outputs", "finalize_logged_model",
     "create_registered_model", "create_model_version", "set_registered_model_alias", "set_terminated",
 )  # fmt: skip
 

@@ -120,10 +120,13 @@ def test_killed_and_run_again_it_ends_with_the_same_bytes(trained, tmp_path, sta
     damaged = bytearray(weights.read_bytes())
     damaged[-1] ^= 1
     weights.write_bytes(damaged)
+    (folder / ".manifest.json.partial").write_text("half")  # and it was killed while it wrote these
+    (folder / ".best-00000050.partial").mkdir()
     done = project.run("pipeline.train")
     assert done.returncode == 0, done.stderr
     assert "is damaged (tensors.safetensors has changed); going back to the one before" in done.stdout
     assert project.hashes() == trained[0].hashes()
+    assert not list(folder.glob(".*.partial"))
 
 
 def test_rows_that_change_while_training_goes_on_are_no_result(trained, tmp_path, start):
