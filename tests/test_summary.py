@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import summary
+from pipeline import page, summary
 from tests import result
 
 
@@ -60,8 +60,8 @@ def test_nothing_run_yet_is_one_sentence(repository):
 
 
 def test_a_sample_is_one_line_of_the_given_width():
-    assert summary.one_line("one\ntwo\t three", 20) == "one two three"
-    assert summary.one_line("word " * 50, 12) == "word word w…"
+    assert page.one_line("one\ntwo\t three", 20) == "one two three"
+    assert page.one_line("word " * 50, 12) == "word word w…"
 
 
 def test_numbers_that_are_not_finite_have_a_word():
@@ -73,4 +73,4 @@ def test_numbers_that_are_not_finite_have_a_word():
 
 def test_one_sample_each_of_the_first_prompts_is_shown():
     samples = [{"prompt": p, "text": f"{p}{i}"} for p in "abcd" for i in range(3)]
-    assert [sample["text"] for sample in summary._chosen(samples)] == ["a2", "b2", "c2"]
+    assert [sample["text"] for sample in page.one_a_prompt(samples)] == ["a2", "b2", "c2"]
