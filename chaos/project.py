@@ -251,7 +251,7 @@ def published(database: Path, served: Path | None = None) -> Result:
         finished = [(run, uri) for run, status, uri in runs if status == "FINISHED"]
         for run, uri in finished:
             points = db.execute("SELECT key, step, value FROM metrics WHERE run_uuid = ?", [run]).fetchall()
-            points = sorted(point for point in points if not point[0].startswith(("tokens_per_s", "system/")))
+            points = sorted(point for point in points if not point[0].startswith(("curves/tokens_per_s", "system/")))
             found["MLflow: points"] = f"{len(points)} {digest_of(points)}"
             found["MLflow: parameters"] = digest_of(
                 sorted(db.execute("SELECT key, value FROM params WHERE run_uuid = ?", [run]))

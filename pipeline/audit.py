@@ -98,7 +98,7 @@ def _runs_of_commit(records: Records, name: str) -> list[Any]:
 def lines(records: Records, run: Any) -> Iterator[str]:
     """The pedigree of one result, a line each."""
     tags = run.data.tags
-    losses = [f"test loss {value:.4f}" for name, value in run.data.metrics.items() if name == "test/loss"]
+    losses = [f"test loss {value:.4f}" for name, value in run.data.metrics.items() if name == "test_loss"]
     yield "  ".join([f"result    {tags[PUBLICATION][:8]}", tags.get("pipeline.verdict", ""), *losses])
     dirty = {"false": "", "true": " with changes"}.get(tags.get(DIRTY), " (whether changed is unknown)")
     yield f"commit    {tags.get(COMMIT, 'unknown')}{dirty}"

@@ -18,7 +18,7 @@ from pipeline import files, inputs, markdown, recorded, resume
 
 ROOT = Path("certificates")  # for git: evidence is to be committed
 IDENTICAL, WITHIN, NOT_REPRODUCED = "byte-identical", "within tolerance", "not reproduced"
-LOSSES = ("test/loss", "validation/loss")  # as metrics of the MLflow run are called
+LOSSES = ("test_loss", "validation_loss")  # as metrics of the MLflow run are called
 NUM_DIGITS = 8  # of a publication, in the name of its certificate
 
 

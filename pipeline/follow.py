@@ -21,7 +21,7 @@ import psutil
 
 from pipeline import machine, publication, reaper, stage, tracking
 
-SPEED = "tokens_per_s"
+SPEED = "tokens_per_s"  # of a row of timing.jsonl
 INTERVAL_S = 3.0
 RETRY_S = 30.0
 
@@ -71,7 +71,7 @@ class Live:
                 self.store.add(self.run, params=publication.flat(sections), tags={reaper.OWNER: trainer})
                 self.store.client.update_run(self.run.info.run_id, status="RUNNING")
                 of_machine = {name for name in self.run.data.metrics if name.startswith(tracking.SYSTEM)}
-                self.held = set(self.store.points(self.run, {*tracking.CURVES, tracking.GAP, SPEED, *of_machine}))
+                self.held = set(self.store.points(self.run, {*tracking.CURVES, tracking.CURVE + SPEED, *of_machine}))
         reaper.reap(self.store, self.run)
         self.machine = machine.Machine()
 
@@ -105,7 +105,7 @@ def follow(folder: Path, trainer: psutil.Process) -> None:
     while True:
         training = _is_running(trainer)  # asked before reading, so the last reading misses nothing
         waiting |= tracking.points_of(tail.new_rows())
-        waiting |= {(SPEED, row["step"]): float(row[SPEED]) for row in speeds.new_rows()}
+        waiting |= {(tracking.CURVE + SPEED, row["step"]): float(row[SPEED]) for row in speeds.new_rows()}
         pause_s = INTERVAL_S
         if live is None and not waiting:  # MLflow takes seconds to import, and there is nothing to show yet
             if not training:

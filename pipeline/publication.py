@@ -78,14 +78,11 @@ def datasets(paths: stage.Paths) -> dict[str, dict[str, Any]]:
 
 
 def final_metrics(evaluation: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of evaluation.json by name: test/loss, test/loss_ci95_low, validation/perplexity and so on.
-
-    MLflow's pages show what is before the slash as a section of its own, so that the curves stand alone above them.
-    """
+    """The numbers of evaluation.json by name: test_loss, test_loss_ci95_low, validation_perplexity and so on."""
     found: dict[str, float] = {}
     for key, value in evaluation.items():
         if isinstance(value, Mapping):
-            found |= final_metrics(value, f"{prefix}{key}/")
+            found |= final_metrics(value, f"{prefix}{key}_")
         elif key.endswith("_ci95"):
             found |= final_metrics({f"{key}_low": value[0], f"{key}_high": value[1]}, prefix)
         elif isinstance(value, int | float) and math.isfinite(value):

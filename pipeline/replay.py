@@ -78,7 +78,7 @@ def certify(
 
     evaluation = files.read_json(folder / stage.paths_of(stages[recipe.MEASURED])["evaluation.json"])
     losses = certificate.losses(run.data.metrics, publication.final_metrics(evaluation))
-    outcome, why = certificate.judge(compared, losses["test/loss"]["difference"], tolerance)
+    outcome, why = certificate.judge(compared, losses["test_loss"]["difference"], tolerance)
 
     held = records.objects(str(best), written[str(best)]) if str(best) in written else ()
     copies = {name: at for name, at, state in held if state == "sound"}

@@ -29,9 +29,10 @@ from pipeline.stage import Refusal
 
 Points = dict[tuple[str, int], float]  # (metric, step) -> value
 
-CURVES = ("loss", "learning_rate", "grad_norm", "train_eval_loss", "validation_loss")
-GAP = "generalisation_gap"
-SYSTEM = "system/"  # before the names of what the machine does, as MLflow's pages want it
+OF_ROWS = ("loss", "learning_rate", "grad_norm", "train_eval_loss", "validation_loss")
+# MLflow's pages show what is before a slash as a section of its own, and those sections first.
+CURVE, SYSTEM = "curves/", "system/"  # of a training, and of the machine
+CURVES = tuple(CURVE + name for name in (*OF_ROWS, "generalisation_gap"))
 CONTEXTS = {"train": "training", "validation": "validation", "test": "test"}  # as MLflow names them
 FINGERPRINT, PUBLICATION, SUPERSEDED = "pipeline.fingerprint", "pipeline.publication", "pipeline.superseded_by"
 NUM_FINGERPRINT_DIGITS = 16  # the run folder's name has as many
@@ -95,12 +96,12 @@ def points_of(rows: Iterable[Mapping[str, Any]]) -> Points:
     """Every curve that rows of train.jsonl hold; a value that is missing or not finite is no point."""
     points: Points = {}
     for row in rows:
-        values = {name: row.get(name) for name in CURVES}
+        values = {name: row.get(name) for name in OF_ROWS}
         if values["validation_loss"] is not None and values["train_eval_loss"] is not None:
-            values[GAP] = values["validation_loss"] - values["train_eval_loss"]
+            values["generalisation_gap"] = values["validation_loss"] - values["train_eval_loss"]
         for name, value in values.items():
             if value is not None and math.isfinite(value):
-                points[name, row["step"]] = float(value)
+                points[CURVE + name, row["step"]] = float(value)
     return points
 
 
@@ -245,7 +246,7 @@ class Store:
         left = self.runs(PUBLICATION, publication)
         live = self.runs(FINGERPRINT, fingerprint[:NUM_FINGERPRINT_DIGITS])
         for run in left + [run for run in live if PUBLICATION not in run.data.tags]:
-            held = self.points(run, {name for name, _ in points} | {*CURVES, GAP})
+            held = self.points(run, {name for name, _ in points} | set(CURVES))
             agrees = all(math.isclose(points.get(at, math.nan), value, rel_tol=1e-9) for at, value in held.items())
             if agrees and all(
                 params.get(key, "")[:MAX_PARAM_CHARACTERS] == value for key, value in run.data.params.items()

@@ -55,7 +55,7 @@ def wait_for(condition):
 
 def lengths(view):
     """How many points of the loss each run holds."""
-    return [len(view.history(run).get("loss", [])) for run in view.runs]
+    return [len(view.history(run).get("curves/loss", [])) for run in view.runs]
 
 
 def test_only_whole_new_lines_are_read(tmp_path):
@@ -93,7 +93,7 @@ def test_curves_are_live_and_published_once(folder, trainer):
     wait_for(lambda: lengths(view) == [4])
     (live,) = view.runs
     assert live.info.status == "RUNNING"
-    assert live.data.metrics["tokens_per_s"] == 99.5
+    assert live.data.metrics["curves/tokens_per_s"] == 99.5
     wait_for(lambda: "system/cpu_utilization_percentage" in view.runs[0].data.metrics)
     found = view.runs[0].data.metrics
     assert found["system/system_memory_usage_megabytes"] > 0 and 0 <= found["system/cpu_utilization_percentage"] <= 100
@@ -111,7 +111,7 @@ def test_curves_are_live_and_published_once(folder, trainer):
     result.publish_here()
     (run,) = view.runs
     assert run.info.run_id == live.info.run_id
-    del run.data.metrics["tokens_per_s"]
+    del run.data.metrics["curves/tokens_per_s"]
     complete(view, run)
 
 
@@ -227,7 +227,7 @@ def test_after_any_number_of_restarts_every_point_is_there_once(folder):
             rows = tracking.points_of(result.rows(2 * attempt))
             # Resuming repeats steps, at another speed; and the follower of the attempt before may be late.
             late, now = (
-                rows | {(follow.SPEED, step): speed for step in range(1, 2 * attempt + 1)}
+                rows | {("curves/tokens_per_s", step): speed for step in range(1, 2 * attempt + 1)}
                 for speed in (attempt - 0.5, float(attempt))
             )
             live = follow.Live(NAME, f"elsewhere {attempt} 1")
@@ -238,7 +238,7 @@ def test_after_any_number_of_restarts_every_point_is_there_once(folder):
     (run,) = view.runs
     history = view.history(run)
     history = {name: points for name, points in history.items() if not name.startswith(tracking.SYSTEM)}
-    assert history.pop(follow.SPEED) == [(step, float((step + 1) // 2)) for step in range(1, 11)]
+    assert history.pop("curves/tokens_per_s") == [(step, float((step + 1) // 2)) for step in range(1, 11)]
     for name, points in history.items():
         assert points == sorted((step, value) for (key, step), value in rows.items() if key == name)
 

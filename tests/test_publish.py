@@ -69,7 +69,7 @@ def complete(view, run):
     assert run.data.params == published["params"]
     points = tracking.points_of(files.read_jsonl(Path("reports/train.jsonl")))
     history = {name: points for name, points in view.history(run).items() if not name.startswith(tracking.SYSTEM)}
-    for name in (*tracking.CURVES, tracking.GAP):
+    for name in tracking.CURVES:
         assert history.pop(name) == sorted((step, value) for (key, step), value in points.items() if key == name)
     final = publication.final_metrics(files.read_json(Path("reports/evaluation.json")))
     assert history == {name: [(result.BEST_STEP, value)] for name, value in final.items()}
@@ -90,10 +90,10 @@ def test_one_run_holds_everything(repository):
     (run,) = view.runs
     complete(view, run)
     assert run.data.params["train.scratch.num_layers"] == str(stage.load_params()["train"].scratch.num_layers)
-    assert run.data.metrics["test/loss"] == pytest.approx(5.4)
-    assert run.data.metrics["validation/loss"] == pytest.approx(5.3)
-    assert run.data.metrics["test/loss_ci95_low"] == 5.0
-    assert run.data.metrics["baselines/test/unigram"] == 6.1
+    assert run.data.metrics["test_loss"] == pytest.approx(5.4)
+    assert run.data.metrics["validation_loss"] == pytest.approx(5.3)
+    assert run.data.metrics["test_loss_ci95_low"] == 5.0
+    assert run.data.metrics["baselines_test_unigram"] == 6.1
     assert run.data.tags["pipeline.verdict"] == "healthy"
 
 
@@ -206,11 +206,13 @@ def test_a_live_run_is_completed_not_doubled(repository):
     view = View()
     live = view.store.create(result.FINGERPRINT)
     points = tracking.points_of(result.rows(7))
-    view.store.add(live, points | {("tokens_per_s", 3): 100.0}, {"train.seed": str(stage.load_params()["train"].seed)})
+    view.store.add(
+        live, points | {("curves/tokens_per_s", 3): 100.0}, {"train.seed": str(stage.load_params()["train"].seed)}
+    )
     result.publish_here()
     (run,) = view.runs
     assert run.info.run_id == live.info.run_id
-    del run.data.metrics["tokens_per_s"]
+    del run.data.metrics["curves/tokens_per_s"]
     complete(view, run)
 
 
@@ -345,7 +347,7 @@ def test_a_loss_that_is_not_finite_is_published_as_such(repository):
     view = View()
     (run,) = view.runs
     complete(view, run)
-    assert "test/loss" not in run.data.metrics
+    assert "test_loss" not in run.data.metrics
     assert view.versions[0].tags["test_loss"] == "not finite"
 
 

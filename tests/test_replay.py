@@ -362,7 +362,7 @@ def test_a_replay_of_the_same_bytes_is_certified_and_leaves_everything_as_it_was
     assert found["outcome"] == IDENTICAL
     assert found["commit"] == git("rev-parse", "HEAD~") and found["run"] == run().info.run_id
     loss = files.read_json(Path("reports/evaluation.json"))["test"]["loss"]
-    assert found["losses"]["test/loss"] == {"recorded": loss, "replayed": loss, "difference": 0}
+    assert found["losses"]["test_loss"] == {"recorded": loss, "replayed": loss, "difference": 0}
     paths = [file["path"] for file in found["files"]]
     assert paths[0].startswith("data/tokens/") and "data/split/train.npy" in paths
     assert paths.index("reports/train.jsonl") < paths.index("models/best/model.safetensors")

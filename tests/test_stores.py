@@ -125,7 +125,7 @@ def test_results_curves_and_champions_are_kept_the_same_way(store):
     trainer.communicate()
     view = View()
     (run,) = view.runs
-    assert run.info.status == "RUNNING" and len(view.history(run)["loss"]) == 7
+    assert run.info.status == "RUNNING" and len(view.history(run)["curves/loss"]) == 7
 
     publish_twice_at_once()  # it takes the run up
     (run,) = view.runs

@@ -29,17 +29,17 @@ def history(store, run, name):
 def test_every_curve_of_every_row_is_a_point():
     rows = result.rows()
     points = tracking.points_of(rows)
-    for name in tracking.CURVES:
-        assert {step: value for (key, step), value in points.items() if key == name} == {
+    for name in tracking.OF_ROWS:
+        assert {step: value for (key, step), value in points.items() if key == f"curves/{name}"} == {
             row["step"]: row[name] for row in rows if name in row
         }
     gaps = {row["step"]: row["validation_loss"] - row["train_eval_loss"] for row in rows if "validation_loss" in row}
-    assert {step: value for (key, step), value in points.items() if key == "generalisation_gap"} == gaps
+    assert {step: value for (key, step), value in points.items() if key == "curves/generalisation_gap"} == gaps
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, None])
 def test_what_is_not_finite_is_no_point(value):
-    assert tracking.points_of([{"step": 3, "loss": 1.0, "grad_norm": value}]) == {("loss", 3): 1.0}
+    assert tracking.points_of([{"step": 3, "loss": 1.0, "grad_norm": value}]) == {("curves/loss", 3): 1.0}
 
 
 # A process of its own: MLflow remembers stores by their URI, and that of two such folders is the same.
@@ -98,25 +98,25 @@ def test_a_deleted_experiment_is_refused_with_the_way_back(store):
 
 def test_a_live_run_that_agrees_with_the_files_is_adopted(store):
     live = store.create(result.FINGERPRINT)
-    store.add(live, {("loss", 1): 0.1 + 0.2}, {"train.seed": "1"})
-    points = {("loss", 1): 0.3, ("loss", 2): 0.2}
+    store.add(live, {("curves/loss", 1): 0.1 + 0.2}, {"train.seed": "1"})
+    points = {("curves/loss", 1): 0.3, ("curves/loss", 2): 0.2}
     run, held = store.adopt("p", result.FINGERPRINT, points, {"train.seed": "1", "other": "2"})
     assert run.info.run_id == live.info.run_id
-    assert set(held) == {("loss", 1)}
+    assert set(held) == {("curves/loss", 1)}
 
 
 @pytest.mark.parametrize(
     ("points", "params"),
-    [({("loss", 1): 0.4}, {}), ({("loss", 9): 0.3}, {}), ({}, {"train.seed": "2"}), ({}, {"gone": "1"})],
+    [({("curves/loss", 1): 0.4}, {}), ({("curves/loss", 9): 0.3}, {}), ({}, {"train.seed": "2"}), ({}, {"gone": "1"})],
 )
 def test_a_live_run_that_contradicts_the_files_is_put_away(store, points, params):
     live = store.create(result.FINGERPRINT)
     store.add(live, points, params)
-    run, held = store.adopt("p", result.FINGERPRINT, {("loss", 1): 0.3}, {"train.seed": "1"})
+    run, held = store.adopt("p", result.FINGERPRINT, {("curves/loss", 1): 0.3}, {"train.seed": "1"})
     assert run.info.run_id != live.info.run_id and held == {}
     put_away = store.client.get_run(live.info.run_id)
     assert put_away.info.status == "KILLED" and put_away.data.tags[tracking.SUPERSEDED] == "p"
-    again, _ = store.adopt("p", result.FINGERPRINT, {("loss", 1): 0.3}, {"train.seed": "1"})
+    again, _ = store.adopt("p", result.FINGERPRINT, {("curves/loss", 1): 0.3}, {"train.seed": "1"})
     assert again.info.run_id == run.info.run_id
 
 
@@ -170,7 +170,7 @@ def test_a_store_that_is_locked_is_one_sentence(store):
     with sqlite3.connect("mlflow.db", isolation_level=None) as other:
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(Refusal, match="locked"), tracking.problems():
-            store.add(run, {("loss", 1): 1.0})
+            store.add(run, {("curves/loss", 1): 1.0})
         other.execute("ROLLBACK")
     other.close()
 
