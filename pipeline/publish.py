@@ -136,11 +136,12 @@ def project(result: Mapping[str, Any], paths: stage.Paths) -> str:
 
 def describe(store: tracking.Store, run: Any, result: Mapping[str, Any], paths: stage.Paths) -> None:
     """Write what a person reads of the run: its name, its description, its samples."""
-    from pipeline import origin, page, registry
+    from pipeline import origin, page, registry, tracking
     from pipeline.champions import Champions
 
     digests = {side: about["digest"] for side, about in result["datasets"].items()}
-    new = page.Made(result["params"], digests, origin.commit()["git.commit"])
+    params = {key: value[: tracking.MAX_PARAM_CHARACTERS] for key, value in result["params"].items()}  # as MLflow's
+    new = page.Made(params, digests, origin.commit()["git.commit"])
     number, champion = None, None
     if (found := registry.run_of(store, result["registered_model"], Champions.ALIAS)) is not None:
         number, theirs = found

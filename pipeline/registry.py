@@ -20,7 +20,7 @@ from typing import Any
 from pipeline import files, serving
 from pipeline.files import MANIFEST
 from pipeline.stage import Refusal
-from pipeline.tracking import Store, drop_half_copies, local_folder, reader, uri
+from pipeline.tracking import Store, drop_half_copies, local_folder, reader, unless_gone, uri
 
 ALIAS = "challenger"
 MODEL_SHA256, MANIFEST_SHA256 = "pipeline.model_sha256", "pipeline.manifest_sha256"
@@ -59,13 +59,14 @@ def is_current(store: Store, name: str, sha256: str) -> bool:
 
 
 def run_of(store: Store, name: str, alias: str) -> tuple[str, Any] | None:
-    """The number of the version with this alias, and the run that made it; None where there is none."""
+    """The number of the version with this alias, and the run that made it; None where either is not there."""
     if not store.client.search_registered_models(f"name = '{name}'"):
         return None
     number = _aliases(store, name).get(alias)
-    if number is None:
-        return None
-    return number, store.client.get_run(store.client.get_model_version(name, number).run_id)
+    if number is not None and (run_id := store.client.get_model_version(name, number).run_id):
+        with unless_gone():
+            return number, store.client.get_run(run_id)
+    return None
 
 
 def register(store: Store, run: Any, model: Model) -> str:
@@ -182,14 +183,9 @@ def stored(name: str, sha256: str) -> Iterator[tuple[Path, str | None] | None]:
 
 def _readable(client: Any, model_id: str) -> Any | None:
     """The logged model of this id, or None where somebody deleted it."""
-    from mlflow.exceptions import MlflowException
-
-    try:
+    with unless_gone():
         return client.get_logged_model(model_id)
-    except MlflowException as problem:
-        if problem.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return None
+    return None
 
 
 @contextmanager

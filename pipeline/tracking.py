@@ -87,9 +87,22 @@ def local_folder(place: str) -> Path | None:
 
 
 def drop_half_copies(place: str) -> None:
-    """Remove what an MLflow that was killed while it copied left among artifacts; a server does so itself, or not."""
-    for left in (local_folder(place) or Path(os.devnull)).rglob(".artifact.uploading.*"):
+    """Remove what an MLflow that was killed while it copied left among artifacts on this machine."""
+    folder = local_folder(place)
+    for left in folder.rglob(".artifact.uploading.*") if folder else []:
         left.unlink()
+
+
+@contextlib.contextmanager
+def unless_gone() -> Iterator[None]:
+    """Pass over what MLflow does not have, or has no longer."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as problem:
+        if problem.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
 
 
 def points_of(rows: Iterable[Mapping[str, Any]]) -> Points:
@@ -165,7 +178,7 @@ class Store:
 
     def __init__(self, experiment: str) -> None:
         mlflow = load_mlflow()
-        self.entities, self.exceptions = mlflow.entities, mlflow.exceptions
+        self.entities = mlflow.entities
         self.client = mlflow.MlflowClient(uri(), uri())
         self.experiment_id = self._experiment(experiment)
 
@@ -306,13 +319,10 @@ class Store:
         folder.mkdir()
         found: dict[str, Path] = {}
         for path in paths:
-            try:
+            with unless_gone():
                 held = self.client.list_artifacts(run_id, path.parent.as_posix()) if run_id else []
                 if path.as_posix() in {file.path for file in held}:
                     found[path.name] = Path(self.client.download_artifacts(run_id, path.as_posix(), str(folder)))
-            except self.exceptions.MlflowException as problem:
-                if problem.error_code != "RESOURCE_DOES_NOT_EXIST":
-                    raise
         return found
 
     def end(self, run: Any, status: str) -> None:

@@ -43,3 +43,14 @@ def repository(written, database, tmp_path, monkeypatch):
     for name in ("MLFLOW_TRACKING_URI", "DVC_EXP_NAME"):
         monkeypatch.delenv(name, raising=False)
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Models this small gain nothing from threads, and threads that wait for each other make a busy machine crawl."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -54,10 +54,13 @@ def lock_here(without=()):
     YAML().dump({"schema": "2.0", "stages": stages}, Path("dvc.lock"))
 
 
-@pytest.fixture(scope="module")
-def made(written, database, tmp_path_factory):
-    """A repository with the result of a clean commit, published, and a later commit that records its dvc.lock."""
-    folder = shutil.copytree(written, tmp_path_factory.mktemp("audit") / "made, it's")
+@contextlib.contextmanager
+def committed_and_published(written, database, folder, prepare):
+    """A repository with the result of a clean commit, published, and a later commit that records its dvc.lock.
+
+    `prepare` adds what else shall be in it, once stages and data have their stand-ins.
+    """
+    shutil.copytree(written, folder)
     shutil.copy(database, folder / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -69,7 +72,7 @@ def made(written, database, tmp_path_factory):
                     files.write_text(path, f"# {path}\n")
         for name in ("data/source/mine.txt", "data/raw/a", "data/clean/a", "models/last/model.safetensors"):
             files.write_text(Path(name), name)
-        files.write_text(Path(".gitignore"), "data\nmodels\nreports\nmlflow.db*\nmlartifacts\n.dvc\n.runs\n")
+        prepare()
         git("init", "--quiet")
         git("add", "--all")
         git("commit", "--quiet", "-m", "code and parameters")
@@ -78,6 +81,16 @@ def made(written, database, tmp_path_factory):
         lock_here()
         git("add", "--all")
         git("commit", "--quiet", "-m", "dvc.lock")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def made(written, database, tmp_path_factory):
+    def prepare():
+        files.write_text(Path(".gitignore"), "data\nmodels\nreports\nmlflow.db*\nmlartifacts\n.dvc\n.runs\n")
+
+    folder = tmp_path_factory.mktemp("audit") / "made, it's"
+    with committed_and_published(written, database, folder, prepare):
         yield folder
 
 

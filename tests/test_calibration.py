@@ -1,5 +1,4 @@
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,14 +11,7 @@ from pipeline.calibration import NUM_BINS, Calibration
 from tests import tiny
 from tests.test_losses import DOCUMENTS, INDIFFERENT, MODEL, ONE_PIECE_A_BATCH, TOKENS, corpus_of, measure
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small gain nothing from threads, and threads that wait for each other make a busy machine crawl."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def counted(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> Calibration:

@@ -132,6 +132,16 @@ def test_a_run_is_named_for_what_it_changed_against_the_champion(repository, mon
     assert "| `sample.temperature` | 0.8 | 0.7 |" in text and "champion (version 1)" in text
 
 
+def test_a_champion_that_no_run_made_is_compared_with_nothing(repository):
+    result.publish_here()
+    view = View()
+    by_hand = view.client.create_model_version(view.model, str(Path("models/best").resolve()))
+    view.client.set_registered_model_alias(view.model, "champion", by_hand.version)
+    with result.edited(Path("params.yaml"), "temperature: 0.8", "temperature: 0.7"):
+        result.publish_here()
+    assert view.runs[1].info.run_name.startswith("first | ")
+
+
 def test_publishing_twice_changes_nothing(repository):
     result.publish_here()
     first, content = state(repository), Path("reports/publication.json").read_bytes()

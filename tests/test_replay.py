@@ -22,9 +22,19 @@ from pipeline.certificate import IDENTICAL, NOT_REPRODUCED, WITHIN, File
 from pipeline.pedigree import outputs_of
 from pipeline.registry import MODEL_SHA256
 from pipeline.stage import Refusal
-from tests import result
 from tests.result import ROOT, edited
-from tests.test_audit import MODEL, broken, client, copy_of, git, lock_here, moved_away, records, run, tagged
+from tests.test_audit import (
+    MODEL,
+    broken,
+    client,
+    committed_and_published,
+    copy_of,
+    git,
+    moved_away,
+    records,
+    run,
+    tagged,
+)
 
 STUB = """import shutil
 from pathlib import Path
@@ -46,21 +56,12 @@ time.sleep(100)
 
 @pytest.fixture(scope="module")
 def made(written, database, tmp_path_factory):
-    """A repository with a result of a clean commit, published, and a later commit that records its dvc.lock."""
-    folder = shutil.copytree(written, tmp_path_factory.mktemp("replay") / "made, it's")
-    shutil.copy(database, folder / "mlflow.db")
-    for name in (".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore"):
-        files.write_text(folder / name, (ROOT / name).read_text())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for name in ("MLFLOW_TRACKING_URI", "DVC_EXP_NAME"):
-            patch.delenv(name, raising=False)
-        for name in ("data/source/mine.txt", "data/raw/a", "data/clean/a", "models/last/model.safetensors"):
-            files.write_text(Path(name), name)
-        for definition in (definitions := stage.read_stages()).values():
-            for path in map(Path, definition["deps"]):
-                if path.suffix == ".py":
-                    files.write_text(path, f"# {path}\n")
+    """A published result whose stages, run again, write what they wrote."""
+
+    def prepare():
+        for name in (".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore"):
+            files.write_text(Path(name), (ROOT / name).read_text())
+        definitions = stage.read_stages()
         for name in ("train", "sample", "evaluate"):
             definition = definitions[name]
             written_by = {kind: definition.get(kind, []) for kind in ("outs", "metrics")}
@@ -70,14 +71,9 @@ def made(written, database, tmp_path_factory):
             for path in map(Path, outs):
                 Path("answers", path).parent.mkdir(parents=True, exist_ok=True)
                 (shutil.copytree if path.is_dir() else shutil.copyfile)(path, Path("answers", path))
-        git("init", "--quiet")
-        git("add", "--all")
-        git("commit", "--quiet", "-m", "code and parameters")
-        lock_here(without=("publish",))
-        result.publish_here()
-        lock_here()
-        git("add", "--all")
-        git("commit", "--quiet", "-m", "dvc.lock")
+
+    folder = tmp_path_factory.mktemp("replay") / "made, it's"
+    with committed_and_published(written, database, folder, prepare):
         yield folder
 
 
