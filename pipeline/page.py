@@ -14,6 +14,7 @@ from pipeline import markdown
 NUM_NAME_CHARACTERS = 80  # of the changes in a run's name
 MAX_CHARACTERS = 8000  # MLflow's limit for a tag, and the description is one
 NUM_SAMPLES, NUM_SAMPLE_CHARACTERS = 3, 400
+NUM_VALUE_CHARACTERS, NUM_DIGITS = 100, 8  # of a parameter, and of a digest, in the table of changes
 COLUMNS = ("prompt", "continuation", "method", "longest_overlap_num_tokens", "memorised")  # of the table of samples
 BASELINES = {"initial": "before training", "unigram": "word frequencies alone", "last": "the last weights"}
 
@@ -83,23 +84,38 @@ def description(
         lines += [f"- {markdown.escaped(advice)}" for advice in finding["advice"]]
         lines += [f"- Read on in {markdown.escaped(finding['guide'])}.", ""]
     lines += [*markdown.table(["nats per token", "loss", "95 % interval", "perplexity"], _losses(evaluation)), ""]
-    changed = changes(new, champion)
-    if changed:
-        rows = ([f"`{key}`", *map(markdown.escaped, pair)] for key, pair in changed.items())
-        lines += [*markdown.table(["parameter", f"champion (version {number})", "here"], rows), ""]
-    end = f"Commit {new.commit}. What belongs to this run: `python -m pipeline.audit {run_id}`"
-    quotes = [
-        f"> {markdown.escaped(one_line(sample['text'], NUM_SAMPLE_CHARACTERS))}\n" for sample in one_a_prompt(samples)
-    ]
-    while quotes and len("\n".join([*lines, *quotes, end])) > MAX_CHARACTERS:
-        quotes.pop()
-    text = "\n".join([*lines, *quotes, end])
-    return text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS - 1]}…"
+    end = (
+        f"Commit {new.commit}. What belongs to this run: `python -m pipeline.audit {run_id}`; "
+        f"to make it again: `python -m pipeline.replay {run_id}`."
+    )
+    rest = []  # cut from its end, samples first, where all would be too long for MLflow
+    if champion is not None and (changed := _changed(new, champion)):
+        rest += [*markdown.table(["changed", f"champion (version {number})", "here"], changed), ""]
+    if samples:
+        rest += ["What it makes of its prompts:", ""]
+    for sample in one_a_prompt(samples):
+        rest += [f"> {markdown.escaped(one_line(sample['text'], NUM_SAMPLE_CHARACTERS))}", ""]
+    while len(text := "\n".join([*lines, *rest, "", end])) > MAX_CHARACTERS:
+        rest.pop()
+    return text
 
 
 def samples_table(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The samples as MLflow keeps tables."""
     return {"columns": list(COLUMNS), "data": [[sample.get(name) for name in COLUMNS] for sample in samples]}
+
+
+def _changed(new: Made, champion: Made) -> list[list[str]]:
+    """What differs, a row each: parameters, the data of each side, the code."""
+    rows = [
+        [f"`{key}`", *(markdown.escaped(one_line(value, NUM_VALUE_CHARACTERS)) for value in pair)]
+        for key, pair in changes(new, champion).items()
+    ]
+    digests = {f"data of {side}": (champion.datasets.get(side, "none"), here) for side, here in new.datasets.items()}
+    for what, (theirs, here) in {**digests, "code (commit)": (champion.commit, new.commit)}.items():
+        if theirs != here:
+            rows.append([what, theirs[:NUM_DIGITS], here[:NUM_DIGITS]])
+    return rows
 
 
 def _losses(evaluation: Mapping[str, Any]) -> list[list[str]]:

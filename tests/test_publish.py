@@ -11,7 +11,7 @@ from urllib.request import url2pathname
 
 import pytest
 
-from pipeline import files, publication, publish, stage, tracking
+from pipeline import files, publication, publish, serving, stage, tracking
 from pipeline.stage import Refusal
 from tests import result
 
@@ -198,6 +198,28 @@ def test_the_registered_model_is_the_evaluated_one_byte_for_byte(repository):
     requirements = (folder / "requirements.txt").read_text().split()
     locked = (result.ROOT / "requirements.lock").read_text().lower().split()
     assert requirements and set(requirements) <= set(locked)
+
+
+def test_a_version_tells_the_hashes_of_dvc_lock_what_goes_in_and_what_comes_out(repository):
+    from mlflow.models import Model
+
+    Path("dvc.lock").write_text(
+        "schema: '2.0'\nstages:\n  train:\n    outs:\n    - path: models/best\n      md5: ab.dir\n"
+    )
+    result.publish_here()
+    view = View()
+    (version,) = view.versions
+    assert version.tags["dvc.lock.train"] == "models/best ab.dir"
+    logged = view.client.get_logged_model(version.source.removeprefix("models:/"))
+    folder = tracking.local_folder(logged.artifact_location)
+    model = Model.load(str(folder))
+    assert [str(schema.input_types()[0]) for schema in (model.signature.inputs, model.signature.outputs)] == (
+        ["DataType.string"] * 2
+    )
+    assert {param.name: param.default for param in model.signature.params.params} == serving.DEFAULTS
+    prompt = stage.load_params()["sample"].prompts[0]
+    assert prompt in str(model.load_input_example(str(folder)))
+    assert model.load_input_example_params(str(folder)) == serving.DEFAULTS
 
 
 def test_mlflow_loads_the_model_in_both_flavours(repository, monkeypatch):
