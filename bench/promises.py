@@ -154,6 +154,7 @@ def beside_curves(what: str, port: int, writer: Any, num_rounds: int) -> None:
     """Train beside the process of the live curves, whose server is out of reach."""
     import psutil
 
+    writer.run.add_row({"step": 1, "loss": 8.0})  # it waits for something to show
     follower = psutil.Popen(
         [sys.executable, "-m", "pipeline.follow", str(writer.run.folder.resolve()), str(os.getpid())],
         env=os.environ | {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}", "PYTHONPATH": sys.path[0]},
