@@ -94,14 +94,6 @@ def made(written, database, tmp_path_factory):
         yield folder
 
 
-@pytest.fixture
-def here(made, monkeypatch):
-    """The same, as the current folder; every test puts back what it broke."""
-    monkeypatch.chdir(made)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return made
-
-
 def flow_runs(**tags):
     named = files.read_json(Path("reports/publication.json"))["publication"]
     ours = {"git.commit": git("rev-parse", "HEAD~"), "git.dirty": "false", "pipeline.publication": named}

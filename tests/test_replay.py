@@ -77,14 +77,6 @@ def made(written, database, tmp_path_factory):
         yield folder
 
 
-@pytest.fixture
-def here(made, monkeypatch):
-    """The same, as the current folder; every test puts back what it broke."""
-    monkeypatch.chdir(made)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return made
-
-
 @contextlib.contextmanager
 def committed(path, old, new):
     """A commit in which a file is another one, for a while."""
