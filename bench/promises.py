@@ -10,6 +10,7 @@ With the model and the batch of params.yaml, on random documents:
 - going on: from the end of the imports to the end of the first step after a checkpoint at step 10, and at step
   1,000,000 with as many rows.
 - SIGTERM: from the signal to the exit of a training process, and the longest step that it had done before.
+- SIGKILL of the process that started a training: until the trainer has ended too.
 - a tracking server that hangs, or is not there: blocks of steps while the process of the live curves tries to reach it,
   and while that process is stopped, in turns; and the processor time that it took to start.
 """
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -152,8 +154,6 @@ def out_of_reach(num_rounds: int) -> None:
 
 def beside_curves(what: str, port: int, writer: Any, num_rounds: int) -> None:
     """Train beside the process of the live curves, whose server is out of reach."""
-    import psutil
-
     writer.run.add_row({"step": 1, "loss": 8.0})  # it waits for something to show
     follower = psutil.Popen(
         [sys.executable, "-m", "pipeline.follow", str(writer.run.folder.resolve()), str(os.getpid())],
@@ -235,11 +235,35 @@ def stopping() -> None:
         print(f"SIGTERM to exit: {took_s:.2f} s (the longest of the steps before: {longest_s:.2f} s), resumable")
 
 
+def orphaned(num_times: int = 5) -> None:
+    """SIGKILL of the process that started a training."""
+    from pipeline.follow import is_running
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        project = make_project(Path(temporary) / "project")
+        times_s = []
+        for _ in range(num_times):
+            shell = subprocess.Popen(["sh", "-c", f"{sys.executable} -m pipeline.train; true"], cwd=project.folder,
+                                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+            begun_at_s = time.time()
+            while not any(rows.stat().st_mtime > begun_at_s for rows in project.folder.glob(".runs/*/train.jsonl")):
+                time.sleep(0.05)
+            (trainer,) = psutil.Process(shell.pid).children()
+            shell.kill()
+            began = time.perf_counter()
+            while is_running(trainer):
+                time.sleep(0.005)
+            times_s.append(time.perf_counter() - began)
+            shell.wait()
+        print(f"SIGKILL of its parent to the trainer's end: {max(times_s):.2f} s, the longest of {num_times}")
+
+
 MEASUREMENTS: dict[str, Callable[[int], None]] = {
     "costs": costs,
     "early": lambda _: going_on(10),
     "late": lambda _: going_on(1_000_000),
     "stopping": lambda _: stopping(),
+    "orphaned": lambda _: orphaned(),
     "out-of-reach": out_of_reach,
 }
 

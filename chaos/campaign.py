@@ -229,7 +229,8 @@ def run(num_tries: int, seed: int, lanes: int, only: str | None, table_file: Pat
         pool.shutdown(wait=False, cancel_futures=True)
         server.end()
         for child in psutil.Process().children(recursive=True):
-            child.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
     text = table(outcomes)
     print(text)
     if table_file:

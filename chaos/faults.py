@@ -24,6 +24,7 @@ import psutil
 from chaos.project import objects
 from chaos.server import Server, free_port
 from chaos.trial import Done, NotHere, Trial, kill_group
+from pipeline.follow import is_running
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,8 @@ def sigterm(trial: Trial, _: Server) -> bool:
     def act(trainer: psutil.Process, dvc: subprocess.Popen[bytes]) -> None:
         kill_group(dvc, signal.SIGTERM)
         began = time.monotonic()
-        with contextlib.suppress(psutil.NoSuchProcess):
-            trainer.wait(60)
+        while is_running(trainer) and time.monotonic() < began + 60:
+            time.sleep(0.01)
         if time.monotonic() - began > 3:
             trial.complaint = f"the trainer took {time.monotonic() - began:.1f} s to end"
 

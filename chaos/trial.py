@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from chaos.project import Reference, differences, environment
+from pipeline.follow import is_running
 
 LIMIT_S = 240.0  # a command that takes longer hangs
 MOST_ATTEMPTS = 8  # of the way back: a user who reads what is printed and tries again
@@ -188,7 +190,8 @@ class Trial:
     def clean_up(self, keep: bool) -> None:
         """End whatever still runs, and drop the folder."""
         for process in self._processes():
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         for started in self.started:
             started.wait()
         if not keep:
@@ -205,7 +208,7 @@ class Trial:
         found = []
         for process in psutil.process_iter():
             try:
-                if process.status() != psutil.STATUS_ZOMBIE and process.cwd() == str(self.project):
+                if is_running(process) and process.cwd() == str(self.project):
                     found.append(process)
             except psutil.Error:
                 continue

@@ -103,7 +103,7 @@ def follow(folder: Path, trainer: psutil.Process) -> None:
     waiting: tracking.Points = {}
     live: Live | None = None
     while True:
-        training = _is_running(trainer)  # asked before reading, so the last reading misses nothing
+        training = is_running(trainer)  # asked before reading, so the last reading misses nothing
         waiting |= tracking.points_of(tail.new_rows())
         waiting |= {(tracking.CURVE + SPEED, row["step"]): float(row[SPEED]) for row in speeds.new_rows()}
         pause_s = INTERVAL_S
@@ -131,7 +131,8 @@ def follow(folder: Path, trainer: psutil.Process) -> None:
         _wait(trainer, pause_s)
 
 
-def _is_running(process: psutil.Process) -> bool:
+def is_running(process: psutil.Process) -> bool:
+    """Whether it does anything yet: one that has ended is listed until somebody collects its exit code."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:

@@ -1,4 +1,4 @@
-"""One process at a time in a checkout, gone within a second of whoever started it: real processes, really killed."""
+"""One process at a time in a checkout, gone with whoever started it: real processes, really killed."""
 
 import contextlib
 import json
@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from pipeline import owner
+from pipeline.follow import is_running
 from tests.tiny import ROOT, Project
 
 # What a stage does, without a stage: hold the lock, say so, wait.
@@ -69,14 +70,14 @@ def refused(start):
     return err
 
 
-def gone_after_s(processes, at_most_s=5.0):
-    """Seconds until none of them runs any more."""
-    began_s = time.monotonic()
-    while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
-        if time.monotonic() - began_s > at_most_s:
-            return at_most_s
+def end(processes, at_most_s=20.0):
+    """Whether none of them runs any more after that long. How long it takes is measured by bench.promises."""
+    end_s = time.monotonic() + at_most_s
+    while any(map(is_running, processes)):
+        if time.monotonic() > end_s:
+            return False
         time.sleep(0.01)
-    return time.monotonic() - began_s
+    return True
 
 
 # --- the lock ------------------------------------------------------------------------------------------------------
@@ -176,13 +177,13 @@ def test_neither_a_forked_worker_nor_a_started_process_keeps_the_lock_of_a_kille
     job, child, worker = family("from pipeline import owner; owner._watch_in_forks = lambda: None\n")  # it lives on
     job.kill()
     holding(start(*python(WAIT)))
-    assert child.is_running() and worker.is_running()
+    assert is_running(child) and is_running(worker)
 
 
 def test_a_forked_worker_ends_with_its_owner(family):
     job, _, worker = family()
     job.kill()
-    assert gone_after_s([worker]) < 1
+    assert end([worker])
 
 
 # --- the parent ----------------------------------------------------------------------------------------------------
@@ -206,14 +207,14 @@ def test_started_by_hand_it_ends_with_its_parent(start, blocked):
     parent = start(*python(PARENT.format(command=list(python(job + WAIT)))))
     below = wait_for_children(parent, 1)
     parent.kill()
-    assert gone_after_s(below) < 1
+    assert end(below)
 
 
 def test_what_it_started_ends_with_it(start):
     parent = start(*python(PARENT.format(command=list(python(FAMILY)))))
     below = wait_for_children(parent, 3)
     parent.kill()
-    assert gone_after_s(below) < 1
+    assert end(below)
 
 
 @pytest.mark.parametrize("how", ["nohup", "setsid"])
@@ -221,7 +222,7 @@ def test_told_to_outlive_its_parent_it_does(start, how):
     parent = start(*python(PARENT.format(command=[how, *python(WAIT)])))
     (job,) = wait_for_children(parent, 1)
     parent.kill()
-    assert gone_after_s([job], at_most_s=1.0) == 1.0
+    assert not end([job], at_most_s=1.0)
     job.kill()
 
 
@@ -234,7 +235,7 @@ def test_started_by_dvc_it_ends_with_dvc_and_with_the_shell_between(start, shell
     dvc = start(*python(script))
     between, job = wait_for_children(dvc, 2)
     (dvc if killed == "dvc" else between).kill()
-    assert gone_after_s([between, job]) < 1
+    assert end([between, job])
 
 
 def test_started_through_the_flow_it_ends_with_the_flow(start):
@@ -246,7 +247,7 @@ def test_started_through_the_flow_it_ends_with_the_flow(start):
     process = start(*python(flow))
     below = wait_for_children(process, 2)
     process.kill()
-    assert gone_after_s(below) < 1
+    assert end(below)
 
 
 def test_started_by_torchrun_it_ends_with_it(start):
@@ -254,7 +255,7 @@ def test_started_by_torchrun_it_ends_with_it(start):
     process = start(*python(worker))
     below = wait_for_children(process, 1)
     process.kill()
-    assert gone_after_s(below) < 1
+    assert end(below)
 
 
 @pytest.mark.parametrize("variable", [{"DVC_STAGE": "job"}, {owner.FLOW: "1234567"}], ids=["dvc", "flow"])
@@ -277,7 +278,7 @@ def test_a_parent_that_is_process_1_is_a_parent_like_any_other():
 
 
 @pytest.mark.slow
-def test_nothing_outlives_a_killed_dvc_by_a_second_and_the_next_ends_with_the_same_bytes(tmp_path):
+def test_nothing_outlives_a_killed_dvc_and_the_next_ends_with_the_same_bytes(tmp_path):
     undisturbed = Project(tmp_path / "undisturbed", num_epochs=20)
     assert undisturbed.run("pipeline.train").returncode == 0
     project = Project(tmp_path / "project", num_epochs=20)
@@ -287,20 +288,23 @@ def test_nothing_outlives_a_killed_dvc_by_a_second_and_the_next_ends_with_the_sa
     repro = ["dvc", "repro", "--single-item", "train"]
     first = project.start(*repro, **surroundings)
     below = []
-    while not any("pipeline.follow" in process.cmdline() for process in below):
+    while not any(is_running(process) and "pipeline.follow" in process.cmdline() for process in below):
         assert first.poll() is None, first.stderr.read()
         time.sleep(0.02)
         below = psutil.Process(first.pid).children(recursive=True)
 
+    for process in below:
+        process.suspend()  # so that it is still at work when the others have been refused
     by_hand = project.run("pipeline.train")
     assert by_hand.returncode == 1 and "works in this checkout already" in by_hand.stderr
     second = project.run(*repro, **surroundings)
     assert second.returncode != 0
     assert f"(PID {first.pid})" in second.stderr, "DVC itself refuses a second one at once, naming the first"
 
+    for process in below:
+        process.resume()
     first.kill()
-    assert gone_after_s([process for process in below if process.nice() == psutil.Process().nice()]) < 1
-    assert gone_after_s(below) < 2, "the follower is killed too, but has to wait for its turn on a busy machine"
+    assert end(below)
     first.communicate()
     assert not (project.folder / "models").exists()
     done = project.run(*repro, **surroundings)

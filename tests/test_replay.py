@@ -19,6 +19,7 @@ import pytest
 
 from pipeline import audit, certificate, commits, files, inputs, recipe, replay, stage, tracking, worktree
 from pipeline.certificate import IDENTICAL, NOT_REPRODUCED, WITHIN, File
+from pipeline.follow import is_running
 from pipeline.pedigree import outputs_of
 from pipeline.registry import MODEL_SHA256
 from pipeline.stage import Refusal
@@ -434,5 +435,6 @@ def test_ctrl_c_leaves_nothing_running_and_no_work_tree(here):
     follower = int(started.read_text())
     started.unlink()
     assert work_trees() == (0, [])
-    assert not psutil.pid_exists(follower) or psutil.Process(follower).status() == psutil.STATUS_ZOMBIE
-    assert not [child for child in psutil.Process().children(recursive=True) if "repro" in child.cmdline()]
+    assert not psutil.pid_exists(follower) or not is_running(psutil.Process(follower))
+    below = psutil.Process().children(recursive=True)
+    assert not [child for child in below if is_running(child) and "repro" in child.cmdline()]
