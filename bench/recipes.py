@@ -87,6 +87,17 @@ def noise(rng: random.Random, length: int) -> str:
     return "".join(rng.choices(NOISE, k=length))
 
 
+def formula(rng: random.Random, num_numbers: int = 10) -> str:
+    """A line that is easy once its kind is known; the more numbers there are, the less alike are two of them."""
+    row = [rng.randrange(num_numbers) for _ in range(12)]
+    return f"Row {row[0]}{row[1]}: " + " ".join(f"one and {digit} is one and {digit}," for digit in row)
+
+
+def formulas(number: int, seed: int) -> Callable[[Side], list[str]]:
+    """Documents of one simple kind: what can be learned of it is soon learned, and hundreds of them are enough."""
+    return lambda side: [formula(random.Random(f"{seed} {index}"), 100) for index in range(number)]
+
+
 def noise_alone(number: int, seed: int) -> Callable[[Side], list[str]]:
     """Documents from which nothing can be learned but which characters there are."""
     return lambda side: [noise(rng, 200) for rng in (random.Random(f"{seed} {index}") for index in range(number))]
@@ -115,9 +126,7 @@ def with_easy_validation(number: int, seed: int) -> Callable[[Side], list[str]]:
         kept = [story for story in stories(number)(side) if side(story) == "train"]
         wanted = {"train": number // 4, "validation": number // 6, "test": number // 8}
         while any(wanted.values()):
-            row = [rng.randrange(10) for _ in range(12)]
-            easy = f"Row {row[0]}{row[1]}: " + " ".join(f"one and {digit} is one and {digit}," for digit in row)
-            if wanted[where := side(easy)]:
+            if wanted[where := side(easy := formula(rng))]:
                 wanted[where] -= 1
                 kept.append(easy)
         return kept
@@ -126,10 +135,19 @@ def with_easy_validation(number: int, seed: int) -> Callable[[Side], list[str]]:
 
 
 def of_two_kinds(number: int, seed: int) -> Callable[[Side], list[str]]:
-    """Stories and noise in turns: losses of documents lie far apart."""
-    return lambda side: [
-        demo.document(index) if index % 2 else noise(random.Random(f"{seed} {index}"), 150) for index in range(number)
-    ]
+    """Formulas and noise, whose losses lie far apart; three of each to validate on."""
+
+    def text(side: Side) -> list[str]:
+        rng, found = random.Random(seed), []
+        for kind in (lambda rng: formula(rng, 100), lambda rng: noise(rng, 150)):
+            wanted = {"train": number, "validation": 3, "test": number // 5}
+            while any(wanted.values()):
+                if wanted[where := side(document := kind(rng))]:
+                    wanted[where] -= 1
+                    found.append(document)
+        return found
+
+    return text
 
 
 def with_boilerplate(first: int, number: int) -> Callable[[Side], list[str]]:
@@ -174,9 +192,9 @@ def healthy() -> Iterator[Recipe]:
     """Enough text for the model, and time for the rate to fall."""
     for number in range(9):
         yield recipe(
-            number, "healthy", "", stories(350 + 20 * number, 1000 * number),
-            train__scratch=shape(1, 6 + 2 * (number % 2)), train__num_epochs=16 + number % 3,
-            train__learning_rate=(1.5e-2, 1e-2)[number % 2], train__evaluation_interval_steps=100,
+            number, "healthy", "", formulas(400, number), train__num_epochs=4,
+            train__scratch=shape(1, (32, 28, 24)[number % 3]), train__learning_rate=(3e-3, 2.5e-3)[number % 2],
+            train__evaluation_interval_steps=20,
         )  # fmt: skip
 
 
@@ -228,10 +246,10 @@ def overfitting() -> Iterator[Recipe]:
     """Little text, read again and again by a model that can hold it."""
     for number in range(10):
         yield recipe(
-            number, "overfitting", "memorising plateau", stories(240 + 10 * number, 1000 * number),
-            split__validation_fraction=0.55, train__scratch=shape(2, (96, 128)[number % 2]),
-            train__num_epochs=(24, 30, 36)[number % 3], train__evaluation_interval_steps=0,
-            train__learning_rate=(3e-3, 2e-3)[number % 2],
+            number, "overfitting", "memorising plateau", stories(280 + 10 * number, 1000 * number),
+            split__validation_fraction=0.68, train__scratch=shape(2, (112, 128)[number % 2]),
+            train__num_epochs=(28, 32, 36)[number % 3], train__evaluation_interval_steps=0,
+            train__learning_rate=3e-3,
         )  # fmt: skip
 
 
@@ -284,7 +302,7 @@ def validation_too_small() -> Iterator[Recipe]:
     """A handful of validation documents that differ much."""
     for number in range(9):
         yield recipe(
-            number, "validation_too_small", "still_improving plateau overfitting", of_two_kinds(500, number),
+            number, "validation_too_small", "still_improving plateau overfitting", of_two_kinds(200, number),
             split__validation_fraction=0.012 + 0.0005 * number, train__num_epochs=4 + number % 2,
         )  # fmt: skip
 
@@ -295,7 +313,7 @@ def memorising() -> Iterator[Recipe]:
         first = 90_000 + 2 * number
         yield recipe(
             number, "memorising", "leakage_suspected still_improving plateau",
-            with_boilerplate(first, 200 + 10 * number), clean__near_duplicate_similarity=1.0,
-            train__num_epochs=4 + number % 2,
-            sample__prompts=[demo.document(first)[:20], demo.document(first)[:30]],
+            with_boilerplate(first, 260 + 10 * number), clean__near_duplicate_similarity=1.0,
+            train__num_epochs=8,
+            sample__prompts=[demo.document(first)[:length] for length in (40, 80, 120, 160)],
         )  # fmt: skip

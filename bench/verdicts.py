@@ -114,7 +114,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="into docs/verdicts.md")
     arguments = parser.parse_args()
     limits = stage.load_params()["evaluate"].thresholds
-    real, drawn = recorded(), dict(synthetic.curves(NUM_SYNTHETIC))
+    # Names of their own: a recorded curve may be called like one that was drawn.
+    real, drawn = recorded(), {f"drawn {name}": curve for name, curve in synthetic.curves(NUM_SYNTHETIC)}
     found = {name: findings(curve, limits) for name, curve in (real | drawn).items()}
     kinds = {
         "recorded": scored(real, found),

@@ -73,10 +73,11 @@ class Watch:
         self._num_bytes_read = 0
         self._table = table_of([])
 
-    def verdicts(self) -> list[str]:
-        """The names of all that hold; none before there are two evaluations to compare.
+    def look(self) -> tuple[Facts | None, list[str]]:
+        """What the rows say so far, and the names of all verdicts that hold.
 
-        A file that somebody else is changing gives none either: it is for the trainer to refuse.
+        Nothing before there are two evaluations to compare, and of a file that somebody else is changing, which is for
+        the trainer to refuse.
         """
         try:
             with self.rows_file.open("rb") as file:
@@ -84,10 +85,12 @@ class Watch:
                 new = table_of(json.loads(line) for line in file)
                 self._num_bytes_read = file.tell()
         except (OSError, ValueError, LookupError, TypeError):
-            return []
+            return None, []
         self._table = np.concatenate([self._table, new])
         facts = of_rows(self._table, self.thresholds)
-        return [rule.verdict for rule in held(facts, self.thresholds)] if facts.num_evaluations > 1 else []
+        if facts.num_evaluations < 2:
+            return None, []
+        return facts, [rule.verdict for rule in held(facts, self.thresholds)]
 
 
 def _shown(value: float | str) -> float | str | None:

@@ -56,8 +56,8 @@ class Facts:
     validation_interval: float  # width of the 95 % interval of the last evaluation; in the end, that of models/best
     # from the measurements after training
     saved_by_best: float = math.nan  # loss of the last weights - that of models/best
-    gap_low: float = math.nan  # 95 % interval of validation - training loss of models/best
-    gap_high: float = math.nan
+    gap_low: float = math.nan  # 95 % interval of validation - training loss, of models/best; during training, of the
+    gap_high: float = math.nan  # last evaluation, whose training loss counts as exact
     margin_below_unigram: float = math.nan  # unigram model's loss - that of models/best
     margin_below_initial: float = math.nan  # the same for the weights that training started from
     leaked_documents: float = math.nan  # share of validation and test that nearly equals a training document
@@ -109,6 +109,8 @@ def of_rows(table: Table, limits: Thresholds) -> Facts:
         spike_height=spike.height,
         spike_step=spike.step,
         validation_interval=float(highs[-1] - lows[-1]),
+        gap_low=float(lows[-1] - train[-1]),
+        gap_high=float(highs[-1] - train[-1]),
         **_of_gradients(table[np.isfinite(columns["grad_norm"])], recently),
         **_of_rates(trained[:, COLUMNS.index("learning_rate")]),
     )

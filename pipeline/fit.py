@@ -7,18 +7,19 @@ and stops. Under torchrun every process runs this; only the first one writes and
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from pipeline import bootstrap, corpus, device, losses, memory, model, stage
 from pipeline.checkpoints import Checkpoints
 from pipeline.corpus import Corpus, Ints
-from pipeline.loop import NonFinite, train_steps
+from pipeline.loop import NonFinite, Step, train_steps
 from pipeline.losses import DocumentLosses
 from pipeline.runs import Run
 from pipeline.stage import Refusal
@@ -117,13 +118,28 @@ def attempt(
     trainer.micro_batch_size = min(micro_batch_size, fitting)
     if writer:
         writer.start(trainer, checkpoint)
+
+    def stop() -> bool:  # several processes can stop together alone, between two steps
+        return asked.number != 0 and trainer.batches.world_size == 1
+
+    def interrupt(where: str, saved: str) -> NoReturn:
+        if writer:
+            writer.background.wait()
+        raise stage.Interrupted(
+            asked.number or signal.SIGTERM, f"stopped {where}; {saved}, and the same command goes on from there"
+        )
+
     if first == 0:
-        row = {"step": 0, "epoch": 0.0, "num_tokens": 0} | evaluate(trainer, 0, tokens, measured)
+        try:
+            row = {"step": 0, "epoch": 0.0, "num_tokens": 0} | evaluate(trainer, 0, tokens, measured, stop)
+        except losses.Stopped:
+            interrupt("before the first step", "nothing is trained yet")
         if writer:
             writer.add_first_row(row)
 
+    pending = checkpoint.state["pending"] if checkpoint else None  # a step that was stopped while it was measured
     try:
-        for step in train_steps(trainer, first):
+        for step in itertools.chain([Step(**pending)] if pending else [], train_steps(trainer, first)):
             row = {name: value for name, value in asdict(step).items() if value is not None}
             row["epoch"] = step.step / trainer.batches.steps_per_epoch
             if step.micro_batch_size == micro_batch_size:
@@ -131,8 +147,16 @@ def attempt(
             micro_batch_size = step.micro_batch_size
             is_best = False
             if is_evaluation_due(step.step, trainer):
-                with writer.progress.paused() if writer else contextlib.nullcontext():
-                    row |= evaluate(trainer, step.step, tokens, measured)
+                try:
+                    with writer.progress.paused() if writer else contextlib.nullcontext():
+                        row |= evaluate(trainer, step.step, tokens, measured, stop)
+                except losses.Stopped:
+                    if writer and step.step > first:
+                        writer.save(row, standing, best=False, checkpoint=True, pending=step)
+                    interrupt(
+                        f"while measuring after step {step.step} of {trainer.num_steps}",
+                        f"the state is saved in {checkpoints.folder}",
+                    )
                 is_best = standing.take(step.step, row["validation_loss"])
             is_early = 0 < params.early_stopping_patience <= standing.num_evaluations_since_best
             is_end = is_early or step.step == trainer.num_steps
@@ -140,16 +164,13 @@ def attempt(
             interrupted = not is_end and device.any_process(asked.number != 0)
             if writer:
                 writer.add_row(step, row, standing, is_best)
-                is_due = not is_end and (interrupted or step.step % params.checkpoint_interval_steps == 0)
+                is_due = interrupted or step.step % params.checkpoint_interval_steps == 0
+                is_due = is_due and not is_end and step.step > first
                 if is_best or is_due:
                     writer.save(row, standing, best=is_best, checkpoint=is_due)
             if interrupted:
-                if writer:
-                    writer.background.wait()
-                raise stage.Interrupted(
-                    asked.number or signal.SIGTERM,
-                    f"stopped after step {step.step} of {trainer.num_steps}; the state is saved in "
-                    f"{checkpoints.folder}, and the same command goes on from there",
+                interrupt(
+                    f"after step {step.step} of {trainer.num_steps}", f"the state is saved in {checkpoints.folder}"
                 )
             if is_end:
                 break
@@ -172,13 +193,16 @@ def is_evaluation_due(step: int, trainer: Trainer) -> bool:
     return step % trainer.batches.steps_per_epoch == 0 or (interval > 0 and step % interval == 0)
 
 
-def evaluate(trainer: Trainer, step: int, tokens: Corpus, measured: dict[str, Ints]) -> dict[str, Any]:
+def evaluate(
+    trainer: Trainer, step: int, tokens: Corpus, measured: dict[str, Ints], stop: Callable[[], bool] | None = None
+) -> dict[str, Any]:
     """Mean losses of the fixed samples, in nats per predicted token, dropout off; and how sure that of validation is.
 
     Raises:
         Refusal: a loss is not a finite number.
+        losses.Stopped: `stop`, asked before every forward pass, said so.
     """
-    found = {name: measure(trainer, tokens, documents) for name, documents in measured.items()}
+    found = {name: measure(trainer, tokens, documents, stop) for name, documents in measured.items()}
     means: dict[str, Any] = {name: each.mean for name, each in found.items()}
     for name, mean in means.items():
         if not math.isfinite(mean):
@@ -188,7 +212,9 @@ def evaluate(trainer: Trainer, step: int, tokens: Corpus, measured: dict[str, In
     return means | {"validation_loss_ci95": bootstrap.interval(resampled)}
 
 
-def measure(trainer: Trainer, tokens: Corpus, documents: Ints) -> DocumentLosses:
+def measure(
+    trainer: Trainer, tokens: Corpus, documents: Ints, stop: Callable[[], bool] | None = None
+) -> DocumentLosses:
     """Losses of the documents, shared out over the processes; in the end all of them have all."""
     batches = trainer.batches
     ours = slice(batches.rank, None, batches.world_size)
@@ -199,6 +225,7 @@ def measure(trainer: Trainer, tokens: Corpus, documents: Ints) -> DocumentLosses
         max_length=trainer.params.max_length,
         batch_size=trainer.params.evaluation_batch_size,
         device=trainer.device,
+        stop=stop,
     )
     nats_D = torch.zeros(len(documents), dtype=torch.float64)
     num_tokens_D = torch.zeros(len(documents), dtype=torch.int64)
@@ -216,7 +243,7 @@ class Asked:
 
 @contextlib.contextmanager
 def signals() -> Iterator[Asked]:
-    """Note the first SIGINT or SIGTERM, to stop between two steps; the second one ends the process at once."""
+    """Note the first SIGINT or SIGTERM, to stop after the step or the forward pass; a second one ends all at once."""
     asked = Asked()
 
     def note(number: int, _frame: object) -> None:

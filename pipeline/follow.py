@@ -5,51 +5,26 @@
 `train` starts it and forgets it: a process of its own, at low priority, that reads the files which training writes
 anyway, so nothing here can hold training up or fail it. It ends with the process PID. The run stays RUNNING when
 training finished (publishing completes it), and becomes KILLED when it did not; the next attempt takes it up again.
-A store that cannot be reached is tried again later; publishing writes whatever is missing then.
+A store that cannot be reached is tried again later, and the machine is measured all the same: publishing writes
+whatever is missing then.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from pipeline import machine, publication, reaper, stage, tracking
+from pipeline.tail import Tail
 
-SPEED = "tokens_per_s"  # of a row of timing.jsonl
 INTERVAL_S = 3.0
 RETRY_S = 30.0
-
-
-class Tail:
-    """The rows that a growing file of JSON lines got since the last look."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.num_bytes_read = 0
-
-    def new_rows(self) -> list[dict[str, Any]]:
-        """Whole lines only; a file that was cut, as resuming does, is read again from its beginning."""
-        if not self.path.exists():
-            return []
-        if self.path.stat().st_size < self.num_bytes_read:
-            self.num_bytes_read = 0
-        with self.path.open("rb") as file:
-            file.seek(self.num_bytes_read)
-            text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        try:
-            rows = [json.loads(line) for line in whole.splitlines()]
-        except ValueError:  # cut, and grown past where we were: these are pieces of lines
-            self.num_bytes_read = 0
-            return []
-        self.num_bytes_read += len(whole)
-        return rows
 
 
 class Live:
@@ -57,7 +32,7 @@ class Live:
 
     def __init__(self, fingerprint: str, trainer: str) -> None:
         params = stage.load_params()
-        self.trainer, self.step = trainer, 0
+        self.trainer = trainer
         with tracking.alone():  # two processes at once would make the tables of a new database twice
             self.store = tracking.Store(params["publish"].experiment)
             known = self.store.runs(tracking.FINGERPRINT, fingerprint)
@@ -70,20 +45,20 @@ class Live:
                 sections = {name: params[name].model_dump() for name in ("model", "train")}
                 self.store.add(self.run, params=publication.flat(sections), tags={reaper.OWNER: trainer})
                 self.store.client.update_run(self.run.info.run_id, status="RUNNING")
-                of_machine = {name for name in self.run.data.metrics if name.startswith(tracking.SYSTEM)}
-                self.held = set(self.store.points(self.run, {*tracking.CURVES, tracking.CURVE + SPEED, *of_machine}))
+                self.held = set(self.store.points(self.run, tracking.live_names(self.run)))
         reaper.reap(self.store, self.run)
-        self.machine = machine.Machine()
 
-    def send(self, points: tracking.Points) -> None:
-        """Write the points that the run does not hold yet, unless another attempt has taken it up meanwhile."""
-        self.step = max([self.step, *(step for _, step in points)])
-        points = points | self.machine.points(self.step)
+    def send(self, points: tracking.Points, times_ms: Mapping[int, int]) -> None:
+        """Write the points that the run does not hold yet, unless another attempt has taken it up meanwhile.
+
+        Args:
+            times_ms: when the machine was measured, by step.
+        """
         new = {at: value for at, value in points.items() if at not in self.held}
         if new:
             with tracking.alone():  # an attempt that takes it up now finds all of these, or writes all of them
                 if self._now().data.tags.get(reaper.OWNER) == self.trainer:
-                    self.store.add(self.run, new)
+                    self.store.add(self.run, new, times_ms=times_ms)
             self.held |= set(new)
 
     def end_killed(self) -> None:
@@ -98,14 +73,16 @@ class Live:
 
 def follow(folder: Path, trainer: psutil.Process) -> None:
     """Send rows until the trainer is gone, and once more after that; a training without any has no run."""
-    tail, speeds = Tail(folder / "train.jsonl"), Tail(folder / "timing.jsonl")
+    tail, beside = Tail(folder / "train.jsonl"), machine.Beside(folder)
     tag = reaper.tag_of(trainer)
     waiting: tracking.Points = {}
+    step = 0
     live: Live | None = None
+    measured: machine.Machine | None = None
     while True:
         training = is_running(trainer)  # asked before reading, so the last reading misses nothing
         waiting |= tracking.points_of(tail.new_rows())
-        waiting |= {(tracking.CURVE + SPEED, row["step"]): float(row[SPEED]) for row in speeds.new_rows()}
+        step = max([step, *(at for _, at in waiting)])
         pause_s = INTERVAL_S
         if live is None and not waiting:  # MLflow takes seconds to import, and there is nothing to show yet
             if not training:
@@ -114,10 +91,12 @@ def follow(folder: Path, trainer: psutil.Process) -> None:
             continue
         try:
             with tracking.problems():
+                measured = measured or machine.Machine(folder)
+                measured.measure(step)
                 live = live or Live(folder.name[: tracking.NUM_FINGERPRINT_DIGITS], tag)
                 if live.run is None:
                     return
-                live.send(waiting)
+                live.send(waiting := waiting | beside.new_points(), beside.times_ms)
                 waiting = {}
                 if not training:
                     if folder.exists() and not (folder / "last").is_dir():  # unfinished

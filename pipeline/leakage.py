@@ -53,11 +53,14 @@ def report(tokens: Corpus, sides: Mapping[str, Ints], params: Params) -> dict[st
     num_shared = ngrams.num_shared_tokens(tokens, documents, train, params.ngram_size)
     for side in HELD_OUT:
         here = np.isin(documents, sides[side])
+        lengths = tokens.lengths[documents[here]]
         found[side] = {
             "num_documents": int(here.sum()),
-            "num_tokens": int(tokens.lengths[documents[here]].sum()),
+            "num_tokens": int(lengths.sum()),
             "exact_documents": int(exact[here].sum()),
+            "exact_tokens": int(lengths[exact[here]].sum()),
             "near_duplicate_documents": int(near[here].sum()),
+            "near_duplicate_tokens": int(lengths[near[here]].sum()),
             "ngram_documents": int((num_shared[here] > 0).sum()),
             "ngram_tokens": int(num_shared[here].sum()),
         }

@@ -106,7 +106,8 @@ def train_step(trainer: Trainer, step: int, batch: Batch) -> Step:
     sum_over_processes(loss_sum, *trainer.masters.gradients)
     trainer.scaler.unscale_(trainer.optimizer)
     grad_norm = torch.nn.utils.get_total_norm(trainer.masters.gradients)
-    loss_of_step, norm_of_step = torch.stack([loss_sum, grad_norm]).tolist()  # the only wait for the device
+    # The only wait for the device; with fp16 the scaler's questions are others.
+    loss_of_step, norm_of_step = torch.stack([loss_sum, grad_norm]).tolist()
     # With fp16 an infinite gradient is ordinary: the scaler skips the update and lowers its scale, until there is none.
     overflowed = trainer.scaler.is_enabled() and trainer.scaler.get_scale() >= 1
     if not math.isfinite(loss_of_step) or not (math.isfinite(norm_of_step) or overflowed):
@@ -119,6 +120,7 @@ def train_step(trainer: Trainer, step: int, batch: Batch) -> Step:
     # 5. Update the weights, in float32
     for group in trainer.optimizer.param_groups:
         group["lr"] = learning_rate
+    trainer.num_updates_begun += 1
     trainer.scaler.step(trainer.optimizer)
     trainer.scaler.update()
     trainer.masters.round_into_model()
@@ -145,11 +147,11 @@ def within_memory(trainer: Trainer, step: int, batch: Batch) -> Step:
         Refusal: memory does not suffice for a single window, or one of several processes ran out of it.
     """
     while True:
-        num_updates = trainer.num_updates
+        num_updates_begun = trainer.num_updates_begun
         try:
             return train_step(trainer, step, batch)
         except (MemoryError, RuntimeError) as problem:
-            if not is_out_of_memory(problem) or trainer.num_updates != num_updates:
+            if not is_out_of_memory(problem) or trainer.num_updates_begun != num_updates_begun:
                 raise
             size = trainer.micro_batch_size
         # Outside of `except`: there the traceback would keep the tensors of the failed pass alive.

@@ -8,7 +8,7 @@ D documents, P pieces.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,10 @@ IGNORED = -100  # cross_entropy's own mark of a target that does not count
 # Logits are by far the largest tensor of a forward pass (GPT-2: 201 kB a position in float32), so it is their
 # number that bounds a batch: 2**27 float32 are 512 MiB, whatever the vocabulary and the batch size.
 MAX_LOGITS = 2**27
+
+
+class Stopped(Exception):
+    """Measuring was asked to stop, and not all documents are measured."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ def measure(
     device: torch.device,
     progress: str | None = None,
     calibration: Calibration | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> DocumentLosses:
     """Measure documents, each by itself, in evaluation mode.
 
@@ -80,9 +85,13 @@ def measure(
         batch_size: pieces a forward pass; fewer where their logits would exceed MAX_LOGITS.
         progress: label of a progress bar, shown on terminals alone.
         calibration: where every prediction is counted too, if that is asked for; it changes no loss.
+        stop: asked before every forward pass.
 
     Returns:
         The losses in the order of `documents`; log-softmax in float32, sums in float64.
+
+    Raises:
+        Stopped: `stop` said so.
     """
     assert max_length > 0 and batch_size > 0
     pieces = _cut(corpus, documents, max_length)
@@ -95,6 +104,8 @@ def measure(
     try:
         with torch.inference_mode(), bar:
             for batch in _batches(pieces, batch_size, corpus.vocabulary_size):
+                if stop is not None and stop():
+                    raise Stopped
                 inputs_BT, targets_BT = _tensors(corpus, documents, pieces, batch)
                 on_device_BT = nats(model, inputs_BT.to(device), targets_BT.to(device), calibration)
                 nats_BT = on_device_BT.cpu().numpy().astype(np.float64)

@@ -64,6 +64,7 @@ def keep(run_folder: Path, trainer: Trainer, problem: NonFinite, tokens_folder: 
                 "learning_rate_factor": trainer.rate_factor,
                 "documents": documents,
                 "windows": batch.windows,
+                "tokens_BT": batch.inputs_BT.tolist(),
                 "tokens_sha256": _sha256(batch.inputs_BT),
             },
         )

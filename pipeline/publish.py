@@ -107,7 +107,7 @@ def project(result: Mapping[str, Any], paths: stage.Paths) -> str:
     Raises:
         Refusal: MLflow cannot be used.
     """
-    from pipeline import reaper, registry, tracking
+    from pipeline import machine, reaper, registry, runs, tracking
 
     final = publication.final_metrics(files.read_json(paths["evaluation.json"]))
     points = tracking.points_of(files.read_jsonl(paths["train.jsonl"]))
@@ -125,6 +125,10 @@ def project(result: Mapping[str, Any], paths: stage.Paths) -> str:
             result["params"],
             tags_of(result),
         )
+        beside = machine.Beside(runs.Run(result["fingerprint"]).folder)  # as far as its files are still here
+        known = store.points(run, tracking.live_names(run))
+        new = {point: value for point, value in beside.new_points().items() if point not in known}
+        store.add(run, new, times_ms=beside.times_ms)
         store.add_datasets(run, result["datasets"])
         store.add_files(run, publication.reports(paths))
         describe(store, run, result, paths)

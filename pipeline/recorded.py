@@ -26,6 +26,7 @@ from pipeline.files import MANIFEST
 from pipeline.inputs import LOCK, listing_of
 from pipeline.stage import Refusal
 
+STATE, ROWS = "state.json", "train.jsonl"  # of a checkpoint, and of its run
 RUNS = owner.LOCK.parent  # unfinished runs; pipeline/runs.py knows more, but costs an import of torch
 
 # output: what a stage wrote. object: DVC's copy of it. yours: text and code. checkpoint, published: as they say.
@@ -152,10 +153,30 @@ def _add_checkpoints(found: Inventory) -> None:
                 raise ValueError("a file that is there has another name in it")
             for name, digest in sorted(manifest.items()):
                 found.add(Record(inside(folder, name), "checkpoint", "checkpoint", digest))
+            if folder in checkpoints and STATE in there and files.sha256_of(folder / STATE) == manifest.get(STATE):
+                _add_what_a_checkpoint_names(found, folder)
         except FileNotFoundError:
             found.differs(folder / MANIFEST, "checkpoint", "checkpoint", "missing")
         except (OSError, ValueError, AttributeError):
             found.differs(folder / MANIFEST, "checkpoint", "checkpoint", "changed")
+
+
+def _add_what_a_checkpoint_names(found: Inventory, folder: Path) -> None:
+    """Rows and best model of a run: its checkpoints hold their hashes. Without them a checkpoint is of no use."""
+    try:
+        state = files.read_json(folder / STATE)
+        rows, best = state["rows"], state["best"]
+        with (folder.parent / ROWS).open("rb") as file:
+            written = file.read(rows["num_bytes"])
+        right = {ROWS: hashlib.sha256(written).hexdigest() == rows["sha256"]}
+        if best["sha256"] is not None:
+            name = f"best-{best['step']:08d}"
+            right[name] = files.sha256_of(folder.parent / name) == best["sha256"]
+        wrong = [name for name, is_right in right.items() if not is_right]
+    except (OSError, ValueError, LookupError, TypeError):
+        wrong = [f"{STATE}, {ROWS} or the best model"]
+    for name in wrong:
+        found.differs(folder / STATE, "checkpoint", "checkpoint", f"{name} beside it is not what it has recorded")
 
 
 def run_of(path: Path) -> Path:

@@ -139,7 +139,8 @@ def _upload(store: Store, model: Model, run_id: str, model_id: str) -> None:
         with _environment(MLFLOW_HTTP_REQUEST_TIMEOUT="120"):
             store.client.log_model_artifacts(model_id, str(BESIDE))
     finally:
-        shutil.rmtree(BESIDE, ignore_errors=True)
+        for _ in range(2):  # where the disk fails at one file, the second try removes the rest
+            shutil.rmtree(BESIDE, ignore_errors=True)
     store.client.set_logged_model_tags(model_id, {MANIFEST_SHA256: digest})
 
 
@@ -177,8 +178,9 @@ def stored(name: str, sha256: str) -> Iterator[tuple[Path, str | None] | None]:
     import mlflow.artifacts
 
     with tempfile.TemporaryDirectory() as beside:
-        mlflow.artifacts.download_artifacts(artifact_uri=logged.artifact_location, dst_path=beside, tracking_uri=uri())
-        yield Path(beside), digest
+        # Not always `beside` itself: of a server's files it is a folder in there.
+        at = mlflow.artifacts.download_artifacts(logged.artifact_location, dst_path=beside, tracking_uri=uri())
+        yield Path(at), digest
 
 
 def _readable(client: Any, model_id: str) -> Any | None:

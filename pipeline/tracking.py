@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import re
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -116,6 +115,11 @@ def points_of(rows: Iterable[Mapping[str, Any]]) -> Points:
             if value is not None and math.isfinite(value):
                 points[CURVE + name, row["step"]] = float(value)
     return points
+
+
+def live_names(run: Any) -> set[str]:
+    """The metrics of a run that training, and what watches it, wrote; not the final ones."""
+    return {name for name in run.data.metrics if name.startswith((CURVE, SYSTEM))}
 
 
 @contextlib.contextmanager
@@ -229,15 +233,21 @@ class Store:
         points: Points | None = None,
         params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
+        times_ms: Mapping[int, int] | None = None,
     ) -> None:
-        """Write points, the parameters that are missing, and tags, in as few calls as MLflow allows."""
+        """Write points, the parameters that are missing, and tags, in as few calls as MLflow allows.
+
+        What the machine does has a clock, `times_ms` by step; results have none.
+        """
         start_ms = run.info.start_time
         missing = {
             key: value[:MAX_PARAM_CHARACTERS] for key, value in (params or {}).items() if key not in run.data.params
         }
-        now_ms = time.time_ns() // 10**6  # what the machine does has a clock, results have none
+        clock = times_ms or {}
         metrics = [
-            self.entities.Metric(name, value, now_ms if name.startswith(SYSTEM) else start_ms + step, step)
+            self.entities.Metric(
+                name, value, clock.get(step, start_ms + step) if name.startswith(SYSTEM) else start_ms + step, step
+            )
             for (name, step), value in (points or {}).items()
         ]
         for some in chunks(metrics, BATCH_METRICS):

@@ -23,7 +23,7 @@ from pipeline.train import Params
 
 @dataclass
 class Trainer:
-    """Only `masters`, `model`, `optimizer` and `scaler` change, and only in `train_step`."""
+    """Only `masters`, `model`, `optimizer`, `scaler` and numbers change, and only in the loop."""
 
     model: PreTrainedModel  # computes, in 16 bits where the precision says so
     masters: Masters  # its weights in float32, which the optimizer updates
@@ -34,17 +34,13 @@ class Trainer:
     params: Params
     device: torch.device
     micro_batch_size: int  # windows a forward pass; halved when memory runs out
+    num_updates_begun: int = 0  # by this process; to ask the optimizer would be to wait for a GPU
     num_skipped: int = 0  # steps without an update, because something was not finite
     rate_factor: float = 1.0  # below 1 after going back from something that was not finite
 
     @property
     def num_steps(self) -> int:
         return self.params.num_epochs * self.batches.steps_per_epoch
-
-    @property
-    def num_updates(self) -> int:
-        """Updates of the weights so far; with fp16 there can be fewer than steps."""
-        return int(self.optimizer.state[self.masters.matrices.flat]["step"])
 
     @property
     def num_parameters(self) -> int:

@@ -127,9 +127,10 @@ def repair(differences: Sequence[Difference]) -> list[str]:
     again = set()
     for path, record in damaged.items():
         if record.kind == "checkpoint":
-            # Training goes back to the checkpoint before. Without another part of its folder, a run has to begin anew.
-            is_checkpoint = path.parent.name.startswith("checkpoint-")
-            shutil.rmtree(path.parent if is_checkpoint else recorded.run_of(path), ignore_errors=True)
+            # Training goes back to the checkpoint before, and does without the evidence of a step that was not finite.
+            # Without another part of its folder, a run has to begin anew.
+            alone = path.parent.name.startswith(("checkpoint-", "non_finite-"))
+            shutil.rmtree(path.parent if alone else recorded.run_of(path), ignore_errors=True)
         elif record.kind in ("output", "object"):
             if record.twin and record.twin.is_file() and record.twin not in damaged:
                 _put(path, record.twin.read_bytes(), record)

@@ -91,16 +91,29 @@ class Writer:
         if "validation_loss" in row:
             mark = "* new best" if is_best else f"best {standing.best_validation_loss:.4f} at step {standing.best_step}"
             low, high = row["validation_loss_ci95"]
-            verdicts = ", ".join(self.watch.verdicts())
+            facts, verdicts = self.watch.look()
+            trend = (
+                f"slope {facts.validation_slope:+.3g}  gradient {facts.recent_grad_norm:.3g}  "
+                f"{facts.learning_rate_phase}  "
+                if facts
+                else ""
+            )
             self.say(
                 f"epoch {row['epoch']:.4g}/{self.params.num_epochs}  step {step.step}  "
                 f"train {row['train_eval_loss']:.4f}  "
                 f"validation {row['validation_loss']:.4f} ({low:.2f} to {high:.2f})  "
-                f"gap {row['validation_loss'] - row['train_eval_loss']:+.4f}  {mark}  {verdicts}".rstrip()
+                f"gap {row['validation_loss'] - row['train_eval_loss']:+.4f}  "
+                f"{trend}{mark}  {', '.join(verdicts)}".rstrip()
             )
 
-    def save(self, row: dict[str, Any], standing: Standing, best: bool, checkpoint: bool) -> None:
-        """Copy the state as it is, and write it while training goes on: the best model, a checkpoint, or both."""
+    def save(
+        self, row: dict[str, Any], standing: Standing, best: bool, checkpoint: bool, pending: Step | None = None
+    ) -> None:
+        """Copy the state as it is, and write it while training goes on: the best model, a checkpoint, or both.
+
+        Args:
+            pending: the step of this state, where it was not measured to its end and has no row yet.
+        """
         self.background.wait()  # memory for one copy, not for more
         tensors, state = capture(self.trainer, self.copies)
         rows = self.run.rows_so_far()
@@ -111,7 +124,8 @@ class Writer:
                 self.write_model(path, tensors, row)
                 self.best = {"step": row["step"], "sha256": files.sha256_of(path)}
             if checkpoint:
-                whole = {"trainer": state, "standing": asdict(standing), "rows": rows, "best": self.best}
+                whole = {"trainer": state, "standing": asdict(standing), "rows": rows, "best": self.best,
+                         "pending": asdict(pending) if pending else None}  # fmt: skip
                 self.checkpoints.write(Checkpoint(row["step"], tensors, whole))
 
         standing = replace(standing)

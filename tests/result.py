@@ -52,7 +52,7 @@ def write(folder: Path, seed: int = 0) -> Path:
     reports = folder / "reports"
     for name in ("ingest", "clean", "tokenize", "split"):
         files.write_json(reports / f"{name}.json", {"stage": name})
-    shared = {"exact_documents": 0, "near_duplicate_documents": 0, "ngram_documents": 0, "ngram_tokens": 0}
+    shared = {f"{kind}_{what}": 0 for kind in ("exact", "near_duplicate", "ngram") for what in ("documents", "tokens")}
     sizes = {"num_documents": 1, "num_tokens": 9}
     leakage = {"ngram_size": 13, "near_duplicate_similarity": 0.8, "validation": sizes | shared, "test": sizes | shared}
     files.write_json(reports / "leakage.json", leakage)

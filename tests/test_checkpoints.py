@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from chaos import campaign, project
 from pipeline import files
 from pipeline.checkpoints import STATE, TENSORS, Background, Checkpoint, Checkpoints
 from pipeline.files import MANIFEST
 from pipeline.runs import Run
 from pipeline.stage import Refusal
+from tests.closure import ROOT
 
 INTERVAL = 10
 
@@ -217,3 +222,40 @@ def test_a_forged_checkpoint_is_passed_over_and_stops_no_later_one(run, name, co
     save(run, 15)  # what goes on from step 10 may be interrupted before it comes to 20 again
     found = checkpoints.newest()
     assert found is not None and found.step == 15
+
+
+SAVING = """
+import torch
+from pipeline.checkpoints import Checkpoint, Checkpoints
+from pipeline.runs import Run
+run = Run("0123456789abcdef")
+with run.opened():
+    run.start_rows()
+    run.add_row({"step": 10})
+    state = {"rows": run.rows_so_far(), "best": {"step": 0, "sha256": None}}
+    Checkpoints(run.folder, run.rows_file, 10).write(Checkpoint(10, {"weights": torch.ones(3)}, state))
+"""
+
+
+def test_everything_is_on_disk_before_the_folder_has_its_name_and_the_manifest_comes_last(tmp_path):
+    """Power may fail, which no kill of a process can show: the calls themselves, noted by the campaign's library."""
+    library = campaign.compiled(tmp_path)
+    if library is None:
+        pytest.skip("the fault library needs Linux and a C compiler (cc)")
+    work = tmp_path / "work"
+    files.write_text(work / "saving.py", SAVING)
+    noted = project.trace(library, work, tmp_path / "log.txt")
+    environment = os.environ | noted | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run([sys.executable, "-m", "saving"], cwd=work, env=environment, check=True)
+    run = work / ".runs/0123456789abcdef"
+    lines = [line.split(" ", 3)[2:] for line in (tmp_path / "log.txt").read_text().splitlines()]
+    calls = [(call, os.path.relpath(path, run)) for call, path in lines]
+
+    beside, named = ".checkpoint-00000010.partial", calls.index(("rename", "checkpoint-00000010"))
+    assert calls[named - 1] == ("fsync", beside) and calls[named + 1] == ("fsync", ".")
+    synced = {name: calls.index(("fsync", f"{beside}/{name}")) for name in (STATE, TENSORS, MANIFEST)}
+    written = {name: calls.index(("rename", f"{beside}/{name}")) for name in (STATE, MANIFEST)}
+    assert max(synced.values()) < named
+    assert written[MANIFEST] > synced[TENSORS] and written[MANIFEST] > written[STATE]
+    assert calls[written[STATE] - 1] == ("fsync", f"{beside}/.{STATE}.partial")
+    assert calls.index(("fsync", "train.jsonl")) > calls.index(("write", "train.jsonl"))

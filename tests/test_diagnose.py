@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import string
 from collections.abc import Callable
 from dataclasses import fields
@@ -11,9 +12,11 @@ import pydantic
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from ruamel.yaml import YAML
 
 from pipeline import diagnose, facts, rules
 from pipeline.thresholds import Thresholds
+from tests.closure import ROOT
 
 THRESHOLDS = Thresholds(
     recent_share=0.25,
@@ -31,6 +34,7 @@ THRESHOLDS = Thresholds(
     spike_steps=3,
     spike_blocks=10,
 )
+PARAMS = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
 VERDICTS = {
     "healthy", "still_improving", "plateau", "underfitting", "overfitting", "diverging", "non_finite",
     "leakage_suspected", "validation_too_small", "loss_spike", "memorising",
@@ -235,6 +239,9 @@ def test_every_rule_fills_its_sentence_from_facts_and_names_a_knob_that_exists()
         used = {name for _, name, _, _ in string.Formatter().parse(rule.because) if name}
         assert used and used <= names, rule.verdict
         assert rule.sentence.endswith(".") and all(sentence.endswith(".") for sentence in rule.advice)
+        for section, key in re.findall(r"\b(\w+)\.(\w+)", " ".join(rule.advice)):
+            if key not in ("parquet", "md"):  # of files in reports/
+                assert key in PARAMS[section], (rule.verdict, f"{section}.{key}")
     assert {rule.verdict for rule in (*rules.RULES, rules.HEALTHY)} == VERDICTS
     evidence = judge(GOOD, evaluation_of(GOOD))["evidence"]
     assert set(evidence) == names and None not in evidence.values()
@@ -243,6 +250,14 @@ def test_every_rule_fills_its_sentence_from_facts_and_names_a_knob_that_exists()
 def test_thresholds_that_contradict_each_other_are_refused():
     with pytest.raises(pydantic.ValidationError, match=r"plateau_share 0\.1 is below recent_share 0\.25"):
         Thresholds.model_validate(THRESHOLDS.model_dump() | {"plateau_share": 0.1})
+
+
+def test_gradients_have_a_median_a_recent_one_and_a_largest_with_its_step():
+    norms = {40: 5.0} | dict.fromkeys(range(90, 121), 2.0)
+    rows = [row | ({"grad_norm": norms.get(row["step"], 1.0)} if row["step"] else {}) for row in GOOD]
+    found = facts.of_rows(facts.table_of(rows), THRESHOLDS)
+    assert (found.median_grad_norm, found.recent_grad_norm) == (1.0, 2.0)
+    assert (found.max_grad_norm, found.max_grad_norm_step) == (5.0, 40)
 
 
 # --- more than the curve -------------------------------------------------------------------------------------------
@@ -365,8 +380,8 @@ def test_the_verdicts_so_far_are_those_of_the_rows_so_far_however_often_one_look
     often, seen = diagnose.Watch(file, THRESHOLDS), []
     for first in range(0, len(GOOD), 20):
         write(file, GOOD[first : first + 20])
-        seen.append(often.verdicts())
-        assert seen[-1] == diagnose.Watch(file, THRESHOLDS).verdicts()  # as after resuming
+        seen.append(often.look()[1])
+        assert seen[-1] == diagnose.Watch(file, THRESHOLDS).look()[1]  # as after resuming
     assert seen[0] == []  # one evaluation is no curve
     assert seen[1] == ["still_improving"] and seen[-1] == ["healthy"]
 
@@ -374,15 +389,26 @@ def test_the_verdicts_so_far_are_those_of_the_rows_so_far_however_often_one_look
 def test_while_training_goes_on_the_interval_of_the_last_evaluation_counts(tmp_path: Path):
     wide = [row | ({"validation_loss_ci95": [1.0, 9.0]} if "validation_loss" in row else {}) for row in GOOD]
     write(tmp_path / "train.jsonl", wide)
-    assert "validation_too_small" in diagnose.Watch(tmp_path / "train.jsonl", THRESHOLDS).verdicts()
+    assert "validation_too_small" in diagnose.Watch(tmp_path / "train.jsonl", THRESHOLDS).look()[1]
+
+
+def test_validation_far_below_training_is_suspect_while_training_goes_on(tmp_path: Path):
+    rows = [dict(row) for row in GOOD]
+    for row in rows:
+        if "validation_loss" in row:
+            row["train_eval_loss"] = row["validation_loss"] + 0.3
+            row["validation_loss_ci95"] = [0.0, row["validation_loss"] + 0.2]
+    write(tmp_path / "train.jsonl", rows)
+    looked, verdicts = diagnose.Watch(tmp_path / "train.jsonl", THRESHOLDS).look()
+    assert "leakage_suspected" in verdicts and looked.gap_high == pytest.approx(-0.1)
 
 
 @pytest.mark.parametrize("damage", [b"zzz\n", b"[]\n", b"3\n", b'{"stop": 1}\n', b"\xff\n"])
 def test_rows_that_somebody_changes_have_no_verdict_and_stop_nothing(tmp_path: Path, damage: bytes):
     write(tmp_path / "train.jsonl", GOOD)
     watch = diagnose.Watch(tmp_path / "train.jsonl", THRESHOLDS)
-    assert watch.verdicts() == ["healthy"]
+    assert watch.look()[1] == ["healthy"]
     with (tmp_path / "train.jsonl").open("ab") as file:
         file.write(damage)
-    assert watch.verdicts() == []
-    assert diagnose.Watch(tmp_path / "nowhere.jsonl", THRESHOLDS).verdicts() == []
+    assert watch.look()[1] == []
+    assert diagnose.Watch(tmp_path / "nowhere.jsonl", THRESHOLDS).look()[1] == []

@@ -101,9 +101,10 @@ def test_a_second_run_runs_nothing_and_the_summary_tells_what_came_out(first):
 
 
 def test_two_clones_in_other_surroundings_have_the_same_lock(first, tmp_path):
-    other = Clone(
-        tmp_path / "anderer Ort mit Ümlaut", umask=0o077, TZ="Asia/Kathmandu", LC_ALL="C", PYTHONHASHSEED="99"
-    )
+    (tmp_path / "home").mkdir()
+    somebody = {"HOME": str(tmp_path / "home"), "USER": "somebody", "LOGNAME": "somebody"}
+    place = tmp_path / "anderer Ort mit Ümlaut"
+    other = Clone(place, umask=0o077, TZ="Asia/Kathmandu", LC_ALL="C", PYTHONHASHSEED="99", **somebody)
     assert other.repro() == STAGES
     assert other.lock() == first.lock()
 

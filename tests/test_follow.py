@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from pipeline import follow, machine, reaper, tracking
+from pipeline.tail import Tail
 from tests import result
 from tests.test_publish import View, complete
 
@@ -60,7 +61,7 @@ def lengths(view):
 
 def test_only_whole_new_lines_are_read(tmp_path):
     file = tmp_path / "rows.jsonl"
-    tail = follow.Tail(file)
+    tail = Tail(file)
     assert tail.new_rows() == []
     file.write_text('{"step": 1}\n{"st')
     assert tail.new_rows() == [{"step": 1}]
@@ -76,7 +77,7 @@ def test_a_file_that_was_cut_and_grew_again_loses_no_row(tmp_path, kept, regrown
     file = tmp_path / "rows.jsonl"
     rows = [json.dumps({"step": step}) + "\n" for step in range(10, 13)]
     file.write_text("".join(rows))
-    tail = follow.Tail(file)
+    tail = Tail(file)
     tail.new_rows()
     other = "".join(json.dumps({"step": step, "more": 1}) + "\n" for step in range(20, 20 + regrown))
     file.write_text("".join(rows)[:kept] + other)
@@ -231,8 +232,8 @@ def test_after_any_number_of_restarts_every_point_is_there_once(folder):
                 for speed in (attempt - 0.5, float(attempt))
             )
             live = follow.Live(NAME, f"elsewhere {attempt} 1")
-            before.send(late)
-            live.send(now)
+            before.send(late, {})
+            live.send(now, {})
             before = live
     view = View()
     (run,) = view.runs
@@ -243,16 +244,32 @@ def test_after_any_number_of_restarts_every_point_is_there_once(folder):
         assert points == sorted((step, value) for (key, step), value in rows.items() if key == name)
 
 
-def test_a_store_out_of_reach_ends_with_the_training(folder, trainer, monkeypatch, capsys):
+def test_with_a_store_out_of_reach_it_ends_with_the_training_and_publishing_has_everything(
+    folder, trainer, monkeypatch, capsys
+):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setattr(follow, "RETRY_S", 0.1)
     (folder / "train.jsonl").write_text(result.jsonl(result.rows()))
+    # The process that wrote the first of these was killed while it wrote.
+    (folder / "timing.jsonl").write_text(
+        '{"step": 2, "tok{"step": 3, "tokens_per_s": 9}\n{"step": 4, "tokens_per_s": 8}\n'
+    )
     follower = following(folder, trainer)
-    time.sleep(0.5)
+    wait_for((folder / "machine.jsonl").exists)
     end(trainer)
     follower.join(30)
     assert not follower.is_alive()
     assert "cannot be used" in capsys.readouterr().err
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    result.publish_here()
+    view = View()
+    (run,) = view.runs
+    assert view.history(run)["curves/tokens_per_s"] == [(4, 8.0)]
+    (measured,) = view.client.get_metric_history(run.info.run_id, "system/cpu_utilization_percentage")[:1]
+    first = json.loads((folder / "machine.jsonl").read_text().splitlines()[0])
+    assert (measured.step, measured.timestamp) == (first["step"], first["time_ms"])
+    del run.data.metrics["curves/tokens_per_s"]
+    complete(view, run)
 
 
 @pytest.mark.slow

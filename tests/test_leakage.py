@@ -7,7 +7,7 @@ from pipeline import leakage
 from tests.test_overlap import corpus_of
 
 PARAMS = leakage.Params(ngram_size=13, near_duplicate_similarity=0.8, minhash_permutations=128)
-NONE = {"exact_documents": 0, "near_duplicate_documents": 0, "ngram_documents": 0, "ngram_tokens": 0}
+NONE = {f"{kind}_{what}": 0 for kind in ("exact", "near_duplicate", "ngram") for what in ("documents", "tokens")}
 
 
 def some_documents(number: int, seed: int) -> list[list[int]]:
@@ -48,7 +48,9 @@ def test_every_kind_of_leak_is_counted_as_what_it_is() -> None:
         "num_documents": 40,
         "num_tokens": 3200,
         "exact_documents": 1,
+        "exact_tokens": 80,
         "near_duplicate_documents": 2,
+        "near_duplicate_tokens": 160,
         "ngram_documents": 3,
         "ngram_tokens": 80 + 69 + 20,
     }
@@ -66,7 +68,9 @@ def test_documents_too_short_for_a_run_are_found_all_the_same() -> None:
     found = report([[1, 2, 3], *some_documents(20, 1)], [[1, 2, 3], [1, 2]], [[4]])
     assert found["validation"] == {"num_documents": 2, "num_tokens": 5} | NONE | {
         "exact_documents": 1,
+        "exact_tokens": 3,
         "near_duplicate_documents": 1,
+        "near_duplicate_tokens": 3,
     }
 
 

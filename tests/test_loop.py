@@ -142,6 +142,32 @@ def test_resuming_from_a_checkpoint_gives_the_same_bytes_with_dropout(tokens):
     assert torch.equal(weights(whole), weights(resumed))
 
 
+def test_with_fp16_the_scaler_goes_on_where_it_was(tokens):
+    place = device.Place(torch.device("cpu"), "fp16")  # a GPU's precision; only it has a scaler with a state
+    whole, first_half, resumed = (
+        make_trainer(place, tokens, np.arange(tokens.num_documents), SCRATCH, tiny.params()) for _ in range(3)
+    )
+    for trainer in (whole, first_half):
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=3)
+    expected = losses(whole)
+    for step in train_steps(first_half, 0):
+        if step.step == 5:
+            break
+    restore(resumed, *capture(first_half))
+    assert resumed.scaler.state_dict() == first_half.scaler.state_dict() and resumed.scaler.get_scale() == 2.0
+    assert losses(resumed, first=5) == expected[5:]
+    assert torch.equal(weights(whole), weights(resumed))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update_though_the_loss_is(tokens, monkeypatch):
+    trainer = trainer_of(tokens)
+    before = weights(trainer).clone()
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda tensors: torch.tensor(math.inf))
+    with pytest.raises(NonFinite, match=r"the loss is \d\.\d+ and the gradient norm inf"):
+        losses(trainer)
+    assert torch.equal(weights(trainer), before)
+
+
 def test_dropout_acts_and_differs_between_steps(tokens):
     trainer = trainer_of(tokens, dropout=0.5, learning_rate=1e-12)
     batch = trainer.batches.batch_at(0)

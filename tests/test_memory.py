@@ -281,3 +281,15 @@ def test_a_real_lack_of_memory_costs_speed_and_nothing_else(tmp_path):
     row_of_start, first, *others = found["rows"]
     assert row_of_start is None and 0 < first < 16 and set(others) == {None}  # seen before the first step
     assert [line for line in lines if f"memory is short, from here on {first} windows" in line]
+
+
+def test_the_table_is_a_command():
+    """Of the whole family, for a machine with a GPU and one without, by windows a forward pass."""
+    command = [sys.executable, "-m", "pipeline.memory", "--length", "64"]
+    done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith(("params.yaml", *memory.FAMILY))]
+    assert [row[0] for row in rows] == ["params.yaml", *memory.FAMILY]
+    assert all(len(row) == 2 + 2 * len(memory.SIZES) for row in rows)
+    gigabytes = [[float(cell.rstrip("*")) for cell in row[2:]] for row in rows]
+    assert all(row == sorted(row) for one in gigabytes for row in (one[:5], one[5:]))

@@ -2,14 +2,15 @@
 
 import json
 import math
-import shutil
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pipeline import device, files, fit, loop, model, runs, stage
+from pipeline import device, files, fit, loop, losses, model, runs, stage
 from pipeline.loop import NonFinite
 from pipeline.stage import Refusal
 from tests import tiny
@@ -56,6 +57,7 @@ def test_it_stops_in_that_step_and_one_command_runs_the_step_again(project):
     assert seen["loss"] == "nan" and seen["grad_norms"]["transformer.h.0.attn.c_attn.weight"] == "nan"
     assert 34 in [document["document"] for document in seen["documents"]]
     assert any(f"w{POISON}w" in document["text"] for document in seen["documents"])
+    assert sum(tokens.count(POISON) for tokens in seen["tokens_BT"]) == 1
     checkpoint = torch.cat([w.flatten() for w in tensors_of(folder)])
     assert int((~checkpoint.isfinite()).sum()) == 16  # the row that was infinite from the beginning, nothing else
 
@@ -106,10 +108,12 @@ class Hook:
 
 
 def fit_here(folder, **changes):
-    """A whole training in this process; returns its rows and the bytes of its weights."""
-    project = tiny.Project(folder, num_epochs=4, checkpoint_interval_steps=3, **changes)
+    """Train in this process what is left to train of a project, made where it is not there; its rows and the bytes of
+    its weights."""
+    if not folder.exists():
+        tiny.Project(folder, **{"num_epochs": 4, "checkpoint_interval_steps": 3} | changes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(project.folder)
+        patch.chdir(folder)
         sections = stage.load_params()
         paths = stage.paths_of(stage.read_stages()["train"])
         run = runs.Run("0123456789abcdef")
@@ -142,19 +146,7 @@ def test_interrupted_at_any_step_it_goes_back_to_the_same_one(tmp_path, monkeypa
     monkeypatch.setattr(fit.device, "any_process", interrupt_once)
     with pytest.raises(stage.Interrupted):
         fit_here(tmp_path / "cut", non_finite="roll_back")
-    shutil.move(tmp_path / "cut" / ".runs", tmp_path / "runs")
-    shutil.rmtree(tmp_path / "cut")
-    project = tmp_path / "cut"
-    monkeypatch.setattr("tests.tiny.write_split", keep_runs(tmp_path / "runs", project, tiny.write_split))
-    assert fit_here(project, non_finite="roll_back") == expected
-
-
-def keep_runs(saved, project, inside):
-    def write(folder, num_documents):
-        inside(folder, num_documents)
-        shutil.move(saved, project / ".runs")
-
-    return write
+    assert fit_here(tmp_path / "cut") == expected
 
 
 def test_going_back_too_often_stops(tmp_path, monkeypatch):
@@ -162,3 +154,67 @@ def test_going_back_too_often_stops(tmp_path, monkeypatch):
     with pytest.raises(Refusal, match=r"step 8: the loss is inf.*\n.*python -m pipeline.non_finite"):
         fit_here(tmp_path / "one", non_finite="roll_back", max_non_finite=2)
     assert json.loads((next((tmp_path / "one" / ".runs").glob("*/non_finite-*")) / "step.json").read_text())
+
+
+class Bad:
+    """Makes these steps not finite, before anything of them is done; stops the run after another one."""
+
+    def __init__(self, monkeypatch, steps, stop_after=None):
+        self.inside, self.steps, self.stop_after = loop.train_step, steps, stop_after
+        monkeypatch.setattr(loop, "train_step", self)
+
+    def __call__(self, trainer, step, batch):
+        if step == self.stop_after:
+            self.stop_after = None
+            os.kill(os.getpid(), signal.SIGTERM)
+        if step in self.steps:
+            raise NonFinite(step, math.nan, math.nan, trainer.params)
+        return self.inside(trainer, step, batch)
+
+
+def test_steps_that_are_skipped_are_the_same_ones_in_a_run_that_was_interrupted(tmp_path, monkeypatch):
+    how = {"non_finite": "skip", "max_non_finite": 2}
+    with monkeypatch.context() as patch:
+        Bad(patch, {4, 9})
+        expected = fit_here(tmp_path / "whole", **how)
+    assert ["loss" in row for row in expected[0][1:12]] == [step not in {4, 9} for step in range(11)]
+    Bad(monkeypatch, {4, 9}, stop_after=6)
+    with pytest.raises(stage.Interrupted):
+        fit_here(tmp_path / "cut", **how)
+    assert fit_here(tmp_path / "cut") == expected
+    Bad(monkeypatch, {4, 9, 11}, stop_after=6)
+    with pytest.raises(stage.Interrupted):
+        fit_here(tmp_path / "third", **how)
+    with pytest.raises(Refusal, match="step 12: the loss is nan"):  # two were skipped, one of them before the stop
+        fit_here(tmp_path / "third")
+
+
+def test_a_stop_leaves_the_checkpoint_before_as_good_as_it_was(tmp_path, monkeypatch):
+    expected = fit_here(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        Bad(patch, {8})
+        with pytest.raises(Refusal, match="step 9: the loss is nan"):
+            fit_here(tmp_path / "cut")
+    assert fit_here(tmp_path / "cut") == expected
+
+
+@pytest.mark.parametrize("nth", [0, 1, 9, 40, 69])
+def test_stopped_while_it_measures_it_goes_on_with_the_same_bytes(tmp_path, monkeypatch, nth):
+    """Also with patience: this training stops early, and how long it waited is in the checkpoint."""
+    how = {"early_stopping_patience": 3, "learning_rate": 0.3, "num_epochs": 30, "evaluation_batch_size": 1}
+    expected = fit_here(tmp_path / "whole", **how)
+    assert len(expected[0]) < 100 and expected[0][-1]["step"] % 5 == 0
+    inside, calls = losses.nats, []
+
+    def interrupted(model, inputs_BT, *others):
+        if not inputs_BT.is_meta:  # as they are where memory is foretold
+            calls.append(1)
+            if len(calls) == nth + 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return inside(model, inputs_BT, *others)
+
+    monkeypatch.setattr(losses, "nats", interrupted)
+    with pytest.raises(stage.Interrupted, match="before the first step" if nth < 20 else "while measuring after step"):
+        fit_here(tmp_path / "cut", **how)
+    assert len(calls) == nth + 1, "it stops before the next forward pass"
+    assert fit_here(tmp_path / "cut") == expected

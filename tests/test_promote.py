@@ -168,6 +168,8 @@ def test_a_better_model_replaces_the_champion_and_a_rollback_brings_it_back(here
     assert (back.returncode, back.stderr, champion()) == (0, "", "1")
     with pytest.raises(Refusal, match="no champion to go back to"):
         promote.roll_back()
+    refused = subprocess.run([*command, "--version", "9"], env=environment, capture_output=True, text=True)
+    assert (refused.returncode, refused.stdout) == (1, "") and re.fullmatch(r"promote: .*9.*\n", refused.stderr)
     with automatic():
         result.publish_here()
     assert champion() == "1", "what was rolled back does not come back by itself"

@@ -1,3 +1,4 @@
+import errno
 import os
 import shutil
 import socket
@@ -21,7 +22,7 @@ class View:
 
     def __init__(self):
         params = stage.load_params()["publish"]
-        with tracking.problems():
+        with tracking.problems(), tracking.alone():  # a follower may be making the experiment
             self.store = tracking.Store(params.experiment)
         self.client = self.store.client
         self.model = params.registered_model
@@ -68,6 +69,8 @@ def complete(view, run):
     assert run.info.run_name.endswith(f" | {published['publication'][:8]}")
     assert run.data.params == published["params"]
     points = tracking.points_of(files.read_jsonl(Path("reports/train.jsonl")))
+    for every in view.history(run).values():
+        assert len({step for step, _ in every}) == len(every)
     history = {name: points for name, points in view.history(run).items() if not name.startswith(tracking.SYSTEM)}
     for name in tracking.CURVES:
         assert history.pop(name) == sorted((step, value) for (key, step), value in points.items() if key == name)
@@ -484,3 +487,17 @@ def test_a_publication_killed_at_any_write_is_completed_by_the_next(repository, 
         before = state(folder)
         result.publish_here()
         assert state(folder) == before
+
+
+def test_a_disk_that_fails_once_while_publishing_tidies_up_leaves_nothing_behind(repository, monkeypatch):
+    inside, failed = os.rmdir, []
+
+    def fail_once(path, **options):
+        if path == "best" and not failed:
+            failed.append(path)
+            raise OSError(errno.EIO, "Input/output error")
+        inside(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", fail_once)
+    result.publish_here()
+    assert failed and not list(repository.glob(".*.partial"))

@@ -14,9 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline import follow, publish, tracking
+from pipeline import agreement, follow, publication, publish, tracking
 from pipeline.champions import Champions
+from pipeline.pedigree import Records
 from tests import result
+from tests.test_promote import champion, publish_it, texts  # noqa: F401  # the last one is a fixture
 from tests.test_publish import View, complete, publish_twice_at_once
 
 pytestmark = pytest.mark.slow
@@ -120,7 +122,7 @@ def test_results_curves_and_champions_are_kept_the_same_way(store):
     process = psutil.Process(trainer.pid)
     with tracking.problems():
         live = follow.Live(folder.name, follow.reaper.tag_of(process))
-        live.send(tracking.points_of(result.rows(7)))
+        live.send(tracking.points_of(result.rows(7)), {})
     trainer.kill()
     trainer.communicate()
     view = View()
@@ -150,3 +152,24 @@ def test_results_curves_and_champions_are_kept_the_same_way(store):
         view.client.delete_registered_model_alias(view.model, "champion")  # a person
         known.settle()
         assert (known.holder("champion"), known.state("1")) == (None, known.WITHDRAWN)
+
+
+def test_a_model_is_loaded_back_promoted_and_held_against_its_hashes_the_same_way(store, request):
+    with_texts = request.getfixturevalue("texts")
+    shutil.rmtree("data")
+    shutil.copytree(with_texts / "data", "data")
+    params = Path("params.yaml").read_text()
+    Path("params.yaml").write_text(params.replace("max_length: 128 ", f"max_length: {result.POSITIONS} "))
+    assert publish_it(0.5, auto_promote=True) == champion() == "1"
+    assert publish_it(1.0, auto_promote=True) == champion() == "2"
+    view = View()
+    with tracking.problems():
+        records = Records(Path("none"), "unnamed", [])
+        versions = records.versions(view.model)
+        assert len(versions) == 2
+        assert [fault for version in versions for fault in agreement.version_faults(records, version)] == []
+        reports = [
+            file for path in publication.reports(records.paths) for file in (path, *path.rglob("*")) if file.is_file()
+        ]
+        with records.artifacts(view.runs[-1]) as folder:
+            assert {path: (folder / path).read_bytes() for path in reports} == {p: p.read_bytes() for p in reports}

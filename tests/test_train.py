@@ -1,6 +1,7 @@
 """The train stage as a process: what it writes, how it is interrupted, goes on and refuses."""
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -75,6 +76,7 @@ def test_it_writes_a_row_a_step_with_the_fields_of_the_contract(trained):
     assert files.read_json(project.folder / "models/best/training.json")["validation_loss"] == best
     assert best < first["validation_loss"] - 1
     assert "* new best" in done.stdout and "epoch 60/60" in done.stdout
+    assert re.search(r"gap [+-][\d.]+  slope [+-][\d.e+-]+  gradient [\d.]+  decay  ", done.stdout)
     for row in evaluations:
         low, high = row["validation_loss_ci95"]
         assert low <= row["validation_loss"] <= high

@@ -1,5 +1,6 @@
 """Every damaged byte is found and named, nothing else is, and repairing touches only what the pipeline wrote."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -54,7 +55,11 @@ def made(tmp_path_factory):
     files.write_text(folder / ".dvcignore", "source/README.md\n")
     files.write_text(folder / "dvc.yaml", DVC_YAML)
     checkpoint = folder / ".runs/0123/checkpoint-00000100"
-    files.write_text(checkpoint / "state.json", "{}")
+    files.write_text(checkpoint.parent / "train.jsonl", '{"step": 1}\n{"step": 2}\n')
+    files.write_text(checkpoint.parent / "best-00000050/weights", "w")
+    rows = {"num_bytes": 12, "sha256": hashlib.sha256(b'{"step": 1}\n').hexdigest()}
+    best = {"step": 50, "sha256": files.sha256_of(checkpoint.parent / "best-00000050")}
+    files.write_json(checkpoint / "state.json", {"rows": rows, "best": best})
     files.write_json(checkpoint / "manifest.json", {"state.json": files.sha256_of(checkpoint / "state.json")})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -242,12 +247,31 @@ def test_the_list_of_a_folder_is_restored_from_the_folder(here):
     assert folder_object().read_bytes() == before
 
 
-def test_a_damaged_checkpoint_is_deleted_and_nothing_else(here):
-    other = Path(".runs/0123/train.jsonl")
-    other.write_text("kept")
-    flip(".runs/0123/checkpoint-00000100/state.json")
+@pytest.mark.parametrize("damaged", ["checkpoint-00000100/state.json", "train.jsonl", "best-00000050/weights"])
+def test_a_checkpoint_that_is_damaged_or_names_what_is_gets_deleted_and_nothing_else(here, damaged):
+    run = Path(".runs/0123")
+    flip(run / damaged)
+    (line,) = found(here)
+    assert line.startswith(f"{run}/checkpoint-00000100/state.json: checkpoint: ")
+    assert damaged.startswith("checkpoint") or damaged.split("/")[0] in line
     assert verify.repair(verify.check(here).differences) == []
-    assert list(Path(".runs/0123").iterdir()) == [other]
+    assert {path.name for path in run.iterdir()} == {"train.jsonl", "best-00000050"}
+    assert found(here) == []
+
+
+def test_rows_after_a_checkpoint_are_nobody_s_yet(here):
+    with Path(".runs/0123/train.jsonl").open("a") as rows:
+        rows.write("half a ro")
+    assert found(here) == []
+
+
+def test_damaged_evidence_of_a_step_is_deleted_and_the_checkpoints_stay(here):
+    evidence = Path(".runs/0123/non_finite-00000103")
+    files.write_text(evidence / "step.json", "{}")
+    files.write_json(evidence / "manifest.json", {"step.json": files.sha256_of(evidence / "step.json")})
+    flip(evidence / "step.json")
+    assert verify.repair(verify.check(here).differences) == []
+    assert not evidence.exists() and Path(".runs/0123/checkpoint-00000100").exists()
 
 
 def test_a_run_with_another_damaged_part_is_deleted_as_a_whole(here):
