@@ -22,12 +22,34 @@ def on_synthetic():
     return scores(dict(synthetic.curves(verdicts.NUM_SYNTHETIC)))
 
 
+@pytest.fixture(scope="module")
+def on_recorded():
+    return scores(verdicts.recorded())
+
+
 @pytest.mark.parametrize("verdict", verdicts.VERDICTS)
 def test_at_least_95_in_100_are_right_on_synthetic_curves(on_synthetic, verdict):
     score = on_synthetic[verdict]
     assert len(score.right) + len(score.missed) >= 10
     assert score.precision >= 0.95, score.wrong
     assert score.recall >= 0.95, score.missed
+
+
+@pytest.mark.parametrize("verdict", verdicts.VERDICTS)
+def test_at_least_95_in_100_are_right_on_real_runs(on_recorded, verdict):
+    score = on_recorded[verdict]
+    assert len(score.right) + len(score.missed) >= 6
+    assert score.precision >= 0.95, score.wrong
+    assert score.recall >= 0.95, score.missed
+
+
+def test_there_are_enough_real_runs_each_with_the_label_of_its_recipe():
+    labels = {recipe.name: recipe for recipe in recipes.recipes()}
+    real = verdicts.recorded()
+    assert len(real) >= 80 and set(real) <= set(labels)
+    for name, curve in real.items():
+        assert (set(curve["verdicts"]), set(curve["may"])) == (labels[name].verdicts, labels[name].may), name
+    assert 0.25 < sum(map(verdicts.held_back, real)) / len(real) < 0.42
 
 
 def test_the_page_has_the_table_that_comes_out(capsys, monkeypatch):
