@@ -93,6 +93,16 @@ def formula(rng: random.Random, num_numbers: int = 10) -> str:
     return f"Row {row[0]}{row[1]}: " + " ".join(f"one and {digit} is one and {digit}," for digit in row)
 
 
+def as_many_as(wanted: dict[str, int], side: Side, document: Callable[[], str]) -> list[str]:
+    """Documents until each side of the split has as many as wanted."""
+    found = []
+    while any(wanted.values()):
+        if wanted[where := side(made := document())]:
+            wanted[where] -= 1
+            found.append(made)
+    return found
+
+
 def formulas(number: int, seed: int) -> Callable[[Side], list[str]]:
     """Documents of one simple kind: what can be learned of it is soon learned, and hundreds of them are enough."""
     return lambda side: [formula(random.Random(f"{seed} {index}"), 100) for index in range(number)]
@@ -125,11 +135,7 @@ def with_easy_validation(number: int, seed: int) -> Callable[[Side], list[str]]:
         rng = random.Random(seed)
         kept = [story for story in stories(number)(side) if side(story) == "train"]
         wanted = {"train": number // 4, "validation": number // 6, "test": number // 8}
-        while any(wanted.values()):
-            if wanted[where := side(easy := formula(rng))]:
-                wanted[where] -= 1
-                kept.append(easy)
-        return kept
+        return kept + as_many_as(wanted, side, lambda: formula(rng))
 
     return text
 
@@ -138,14 +144,9 @@ def of_two_kinds(number: int, seed: int) -> Callable[[Side], list[str]]:
     """Formulas and noise, whose losses lie far apart; three of each to validate on."""
 
     def text(side: Side) -> list[str]:
-        rng, found = random.Random(seed), []
-        for kind in (lambda rng: formula(rng, 100), lambda rng: noise(rng, 150)):
-            wanted = {"train": number, "validation": 3, "test": number // 5}
-            while any(wanted.values()):
-                if wanted[where := side(document := kind(rng))]:
-                    wanted[where] -= 1
-                    found.append(document)
-        return found
+        rng, wanted = random.Random(seed), {"train": number, "validation": 3, "test": number // 5}
+        easy = as_many_as(dict(wanted), side, lambda: formula(rng, 100))
+        return easy + as_many_as(dict(wanted), side, lambda: noise(rng, 150))
 
     return text
 

@@ -34,7 +34,7 @@ import psutil
 from chaos.faults import FAULTS, Fault
 from chaos.project import Broken, Reference, trace, write_project
 from chaos.server import Server
-from chaos.trial import Hung, NotHere, Trial
+from chaos.trial import Hung, NotHere, Trial, kill
 
 SOURCE = Path(__file__).parent / "disk.c"
 
@@ -228,9 +228,7 @@ def run(num_tries: int, seed: int, lanes: int, only: str | None, table_file: Pat
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         server.end()
-        for child in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
+        kill(psutil.Process().children(recursive=True))
     text = table(outcomes)
     print(text)
     if table_file:

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,9 +189,7 @@ class Trial:
 
     def clean_up(self, keep: bool) -> None:
         """End whatever still runs, and drop the folder."""
-        for process in self._processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        kill(self._processes())
         for started in self.started:
             started.wait()
         if not keep:
@@ -213,6 +211,13 @@ class Trial:
             except psutil.Error:
                 continue
         return found
+
+
+def kill(processes: Iterable[psutil.Process]) -> None:
+    """Kill what may end by itself meanwhile."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def kill_group(process: subprocess.Popen[bytes], number: int = signal.SIGKILL) -> None:

@@ -31,7 +31,6 @@ from pipeline.stage import Refusal, reason
 TENSORS, STATE = "tensors.safetensors", "state.json"
 NAME = re.compile(r"checkpoint-(\d{8,})")
 NUM_KEPT = 2
-BLOCK = 2**20  # bytes read at a time
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class Checkpoints:
 
     def _read(self, path: Path) -> Checkpoint:
         tensors, state = read(path)
-        rows_sha256 = _sha256_of_head(self.rows_file, state["rows"]["num_bytes"])
+        rows_sha256 = files.sha256_of_head(self.rows_file, state["rows"]["num_bytes"])
         if rows_sha256.hexdigest() != state["rows"]["sha256"]:
             raise ValueError(f"{self.rows_file.name} has other rows")
         best = state["best"]
@@ -136,16 +135,6 @@ class Checkpoints:
 def _step_of(path: Path) -> int:
     """The step in the name of a folder."""
     return int(path.name.partition("-")[2])
-
-
-def _sha256_of_head(path: Path, num_bytes: int) -> hashlib._Hash:
-    """The running SHA-256 of the first bytes of a file, or of all where it has fewer."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while num_bytes > 0 and (block := file.read(min(num_bytes, BLOCK))):
-            found.update(block)
-            num_bytes -= len(block)
-    return found
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from pipeline.stage import Refusal
 
 MANIFEST = "manifest.json"  # of a folder: the SHA-256 of each of its files, by name
+BLOCK = 2**20  # bytes read at a time
 MAX_JSON_BYTES = 2**22  # of a file, or of a line of one: parsing can take thirty times as much
 # Where a link may lead, besides into its own folder: into stores that name a file by its content, DVC's and the Hub's.
 STORES = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}|/blobs/[0-9a-f]{40,64}")
@@ -151,6 +152,16 @@ def sha256_of(path: Path) -> str:
         return hashes.hexdigest()
     with _regular(path).open("rb") as file_bytes:
         return hashlib.file_digest(file_bytes, "sha256").hexdigest()
+
+
+def sha256_of_head(path: Path, num_bytes: int) -> "hashlib._Hash":
+    """The running SHA-256 of the first bytes of a file, or of all where it has fewer."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while num_bytes > 0 and (block := file.read(min(num_bytes, BLOCK))):
+            found.update(block)
+            num_bytes -= len(block)
+    return found
 
 
 def _regular(path: Path) -> Path:

@@ -194,7 +194,7 @@ def is_evaluation_due(step: int, trainer: Trainer) -> bool:
 
 
 def evaluate(
-    trainer: Trainer, step: int, tokens: Corpus, measured: dict[str, Ints], stop: Callable[[], bool] | None = None
+    trainer: Trainer, step: int, tokens: Corpus, measured: dict[str, Ints], stop: Callable[[], bool]
 ) -> dict[str, Any]:
     """Mean losses of the fixed samples, in nats per predicted token, dropout off; and how sure that of validation is.
 
@@ -212,9 +212,7 @@ def evaluate(
     return means | {"validation_loss_ci95": bootstrap.interval(resampled)}
 
 
-def measure(
-    trainer: Trainer, tokens: Corpus, documents: Ints, stop: Callable[[], bool] | None = None
-) -> DocumentLosses:
+def measure(trainer: Trainer, tokens: Corpus, documents: Ints, stop: Callable[[], bool]) -> DocumentLosses:
     """Losses of the documents, shared out over the processes; in the end all of them have all."""
     batches = trainer.batches
     ours = slice(batches.rank, None, batches.world_size)

@@ -96,7 +96,8 @@ def follow(folder: Path, trainer: psutil.Process) -> None:
                 live = live or Live(folder.name[: tracking.NUM_FINGERPRINT_DIGITS], tag)
                 if live.run is None:
                     return
-                live.send(waiting := waiting | beside.new_points(), beside.times_ms)
+                waiting |= beside.new_points()
+                live.send(waiting, beside.times_ms)
                 waiting = {}
                 if not training:
                     if folder.exists() and not (folder / "last").is_dir():  # unfinished

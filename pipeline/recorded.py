@@ -166,9 +166,8 @@ def _add_what_a_checkpoint_names(found: Inventory, folder: Path) -> None:
     try:
         state = files.read_json(folder / STATE)
         rows, best = state["rows"], state["best"]
-        with (folder.parent / ROWS).open("rb") as file:
-            written = file.read(rows["num_bytes"])
-        right = {ROWS: hashlib.sha256(written).hexdigest() == rows["sha256"]}
+        written = files.sha256_of_head(folder.parent / ROWS, rows["num_bytes"])
+        right = {ROWS: written.hexdigest() == rows["sha256"]}
         if best["sha256"] is not None:
             name = f"best-{best['step']:08d}"
             right[name] = files.sha256_of(folder.parent / name) == best["sha256"]

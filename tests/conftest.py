@@ -2,6 +2,7 @@ import os
 import shutil
 import signal
 
+import numpy as np
 import pytest
 from hypothesis import settings
 
@@ -31,6 +32,30 @@ def database(tmp_path_factory):
 @pytest.fixture(scope="session")
 def written(tmp_path_factory):
     return result.write(tmp_path_factory.mktemp("result"))
+
+
+@pytest.fixture(scope="module")
+def texts(written, database, tmp_path_factory):
+    """The usual repository with text enough to compare models on; nothing is published."""
+    folder = tmp_path_factory.mktemp("texts") / "here"
+    shutil.copytree(written, folder)
+    shutil.copy(database, folder)
+    for name in ("tokens", "split"):
+        shutil.rmtree(folder / "data" / name)
+    random = np.random.default_rng(1)
+    result.write_tokens(
+        folder / "data" / "tokens", [" ".join(random.choice(result.WORDS, 6)) for _ in range(result.NUM_TEXTS)]
+    )
+    (folder / "data" / "split").mkdir()
+    for side, (first, end) in {
+        "train": (0, 10),
+        "validation": (10, result.FIRST_TEST),
+        "test": (result.FIRST_TEST, result.NUM_TEXTS),
+    }.items():
+        np.save(folder / "data" / "split" / f"{side}.npy", np.arange(first, end))
+    params = (folder / "params.yaml").read_text()
+    (folder / "params.yaml").write_text(params.replace("max_length: 128 ", f"max_length: {result.POSITIONS} "))
+    return folder
 
 
 @pytest.fixture

@@ -17,6 +17,9 @@ END = "<|endoftext|>"
 FINGERPRINT = "0123456789abcdef" * 4
 NUM_STEPS, BEST_STEP, POSITIONS = 12, 8, 24
 TEXTS = ["The old fox sleeps.", "Once upon a time there was a hen.", "In the morning, it rains.", "She opened the box."]
+# Of the fixture `texts`: enough to compare models on.
+WORDS = ["the", "old", "fox", "hen", "rain", "morning", "box", "she", "opened", "sleeps", "once", "upon", "a", "time"]
+NUM_TEXTS, FIRST_TEST = 40, 20
 
 
 def rows(num_steps: int = NUM_STEPS) -> list[dict[str, Any]]:

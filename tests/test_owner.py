@@ -1,4 +1,4 @@
-"""One process at a time in a checkout, gone with whoever started it: real processes, really killed."""
+"""One process at a time in a checkout, gone within a second of whoever started it: real processes, really killed."""
 
 import contextlib
 import json
@@ -70,14 +70,14 @@ def refused(start):
     return err
 
 
-def end(processes, at_most_s=20.0):
-    """Whether none of them runs any more after that long. How long it takes is measured by bench.promises."""
-    end_s = time.monotonic() + at_most_s
+def gone_after_s(processes, at_most_s=5.0):
+    """Seconds until none of them runs any more."""
+    began_s = time.monotonic()
     while any(map(is_running, processes)):
-        if time.monotonic() > end_s:
-            return False
+        if time.monotonic() - began_s > at_most_s:
+            return at_most_s
         time.sleep(0.01)
-    return True
+    return time.monotonic() - began_s
 
 
 # --- the lock ------------------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def test_neither_a_forked_worker_nor_a_started_process_keeps_the_lock_of_a_kille
 def test_a_forked_worker_ends_with_its_owner(family):
     job, _, worker = family()
     job.kill()
-    assert end([worker])
+    assert gone_after_s([worker]) < 1
 
 
 # --- the parent ----------------------------------------------------------------------------------------------------
@@ -207,14 +207,14 @@ def test_started_by_hand_it_ends_with_its_parent(start, blocked):
     parent = start(*python(PARENT.format(command=list(python(job + WAIT)))))
     below = wait_for_children(parent, 1)
     parent.kill()
-    assert end(below)
+    assert gone_after_s(below) < 1
 
 
 def test_what_it_started_ends_with_it(start):
     parent = start(*python(PARENT.format(command=list(python(FAMILY)))))
     below = wait_for_children(parent, 3)
     parent.kill()
-    assert end(below)
+    assert gone_after_s(below) < 1
 
 
 @pytest.mark.parametrize("how", ["nohup", "setsid"])
@@ -222,7 +222,7 @@ def test_told_to_outlive_its_parent_it_does(start, how):
     parent = start(*python(PARENT.format(command=[how, *python(WAIT)])))
     (job,) = wait_for_children(parent, 1)
     parent.kill()
-    assert not end([job], at_most_s=1.0)
+    assert gone_after_s([job], at_most_s=1.0) == 1.0
     job.kill()
 
 
@@ -235,7 +235,7 @@ def test_started_by_dvc_it_ends_with_dvc_and_with_the_shell_between(start, shell
     dvc = start(*python(script))
     between, job = wait_for_children(dvc, 2)
     (dvc if killed == "dvc" else between).kill()
-    assert end([between, job])
+    assert gone_after_s([between, job]) < 1
 
 
 def test_started_through_the_flow_it_ends_with_the_flow(start):
@@ -247,7 +247,7 @@ def test_started_through_the_flow_it_ends_with_the_flow(start):
     process = start(*python(flow))
     below = wait_for_children(process, 2)
     process.kill()
-    assert end(below)
+    assert gone_after_s(below) < 1
 
 
 def test_started_by_torchrun_it_ends_with_it(start):
@@ -255,7 +255,7 @@ def test_started_by_torchrun_it_ends_with_it(start):
     process = start(*python(worker))
     below = wait_for_children(process, 1)
     process.kill()
-    assert end(below)
+    assert gone_after_s(below) < 1
 
 
 @pytest.mark.parametrize("variable", [{"DVC_STAGE": "job"}, {owner.FLOW: "1234567"}], ids=["dvc", "flow"])
@@ -278,7 +278,7 @@ def test_a_parent_that_is_process_1_is_a_parent_like_any_other():
 
 
 @pytest.mark.slow
-def test_nothing_outlives_a_killed_dvc_and_the_next_ends_with_the_same_bytes(tmp_path):
+def test_nothing_outlives_a_killed_dvc_by_a_second_and_the_next_ends_with_the_same_bytes(tmp_path):
     undisturbed = Project(tmp_path / "undisturbed", num_epochs=20)
     assert undisturbed.run("pipeline.train").returncode == 0
     project = Project(tmp_path / "project", num_epochs=20)
@@ -293,6 +293,7 @@ def test_nothing_outlives_a_killed_dvc_and_the_next_ends_with_the_same_bytes(tmp
         time.sleep(0.02)
         below = psutil.Process(first.pid).children(recursive=True)
 
+    (follower,) = [process for process in below if "pipeline.follow" in process.cmdline()]
     for process in below:
         process.suspend()  # so that it is still at work when the others have been refused
     by_hand = project.run("pipeline.train")
@@ -304,7 +305,8 @@ def test_nothing_outlives_a_killed_dvc_and_the_next_ends_with_the_same_bytes(tmp
     for process in below:
         process.resume()
     first.kill()
-    assert end(below)
+    assert gone_after_s([process for process in below if process != follower]) < 1
+    assert gone_after_s(below) < 2, "the follower is killed too, but has to wait for its turn on a busy machine"
     first.communicate()
     assert not (project.folder / "models").exists()
     done = project.run(*repro, **surroundings)

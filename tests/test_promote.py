@@ -20,31 +20,6 @@ from tests.test_publish import View, state
 
 pytestmark = pytest.mark.slow
 
-WORDS = ["the", "old", "fox", "hen", "rain", "morning", "box", "she", "opened", "sleeps", "once", "upon", "a", "time"]
-NUM_TEXTS, FIRST_TEST = 40, 20
-
-
-@pytest.fixture(scope="module")
-def texts(written, database, tmp_path_factory):
-    """The usual repository with text enough to compare models on; nothing is published."""
-    folder = tmp_path_factory.mktemp("texts") / "here"
-    shutil.copytree(written, folder)
-    shutil.copy(database, folder)
-    for name in ("tokens", "split"):
-        shutil.rmtree(folder / "data" / name)
-    random = np.random.default_rng(1)
-    result.write_tokens(folder / "data" / "tokens", [" ".join(random.choice(WORDS, 6)) for _ in range(NUM_TEXTS)])
-    (folder / "data" / "split").mkdir()
-    for side, (first, end) in {
-        "train": (0, 10),
-        "validation": (10, FIRST_TEST),
-        "test": (FIRST_TEST, NUM_TEXTS),
-    }.items():
-        np.save(folder / "data" / "split" / f"{side}.npy", np.arange(first, end))
-    params = (folder / "params.yaml").read_text()
-    (folder / "params.yaml").write_text(params.replace("max_length: 128 ", f"max_length: {result.POSITIONS} "))
-    return folder
-
 
 @pytest.fixture
 def here(texts, tmp_path, monkeypatch):
@@ -205,7 +180,7 @@ def drop(name, number=None):
 
 
 def other_text():
-    np.save("data/tokens/hashes.npy", np.arange(NUM_TEXTS, dtype=np.uint64) + 1000)
+    np.save("data/tokens/hashes.npy", np.arange(result.NUM_TEXTS, dtype=np.uint64) + 1000)
 
 
 def nothing():

@@ -18,7 +18,7 @@ from pipeline import agreement, follow, publication, publish, tracking
 from pipeline.champions import Champions
 from pipeline.pedigree import Records
 from tests import result
-from tests.test_promote import champion, publish_it, texts  # noqa: F401  # the last one is a fixture
+from tests.test_promote import champion, publish_it
 from tests.test_publish import View, complete, publish_twice_at_once
 
 pytestmark = pytest.mark.slow
@@ -154,10 +154,9 @@ def test_results_curves_and_champions_are_kept_the_same_way(store):
         assert (known.holder("champion"), known.state("1")) == (None, known.WITHDRAWN)
 
 
-def test_a_model_is_loaded_back_promoted_and_held_against_its_hashes_the_same_way(store, request):
-    with_texts = request.getfixturevalue("texts")
+def test_a_model_is_loaded_back_promoted_and_held_against_its_hashes_the_same_way(store, texts):
     shutil.rmtree("data")
-    shutil.copytree(with_texts / "data", "data")
+    shutil.copytree(texts / "data", "data")
     params = Path("params.yaml").read_text()
     Path("params.yaml").write_text(params.replace("max_length: 128 ", f"max_length: {result.POSITIONS} "))
     assert publish_it(0.5, auto_promote=True) == champion() == "1"

@@ -18,27 +18,15 @@ def scores(cases):
 
 
 @pytest.fixture(scope="module")
-def on_synthetic():
-    return scores(dict(synthetic.curves(verdicts.NUM_SYNTHETIC)))
-
-
-@pytest.fixture(scope="module")
-def on_recorded():
-    return scores(verdicts.recorded())
+def scored():
+    return {"drawn": scores(dict(synthetic.curves(verdicts.NUM_SYNTHETIC))), "recorded": scores(verdicts.recorded())}
 
 
 @pytest.mark.parametrize("verdict", verdicts.VERDICTS)
-def test_at_least_95_in_100_are_right_on_synthetic_curves(on_synthetic, verdict):
-    score = on_synthetic[verdict]
-    assert len(score.right) + len(score.missed) >= 10
-    assert score.precision >= 0.95, score.wrong
-    assert score.recall >= 0.95, score.missed
-
-
-@pytest.mark.parametrize("verdict", verdicts.VERDICTS)
-def test_at_least_95_in_100_are_right_on_real_runs(on_recorded, verdict):
-    score = on_recorded[verdict]
-    assert len(score.right) + len(score.missed) >= 6
+@pytest.mark.parametrize(("kind", "fewest"), [("drawn", 10), ("recorded", 6)])
+def test_at_least_95_in_100_are_right(scored, kind, fewest, verdict):
+    score = scored[kind][verdict]
+    assert len(score.right) + len(score.missed) >= fewest
     assert score.precision >= 0.95, score.wrong
     assert score.recall >= 0.95, score.missed
 
