@@ -95,7 +95,8 @@ def store(request, repository, database, tmp_path, monkeypatch):
         uri = f"sqlite:///{folder}/mlflow.db"
     # One database has the results of all tests, so each has names of its own.
     params = Path("params.yaml").read_text()
-    Path("params.yaml").write_text(params.replace(": gpt2-pipeline ", f": {request.param.replace(' ', '-')} "))
+    own = f"{request.param} {request.function.__name__}".replace(" ", "-")
+    Path("params.yaml").write_text(params.replace(": gpt2-pipeline ", f": {own} "))
     if "server" not in request.param:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         yield request.param
