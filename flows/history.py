@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.pipeline import configure
+from flows import settings
 from pipeline import stage
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def main() -> None:
         prog="python -m flows.history", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_args()
-    configure()
+    settings.configure()
     with stage.refusals("history"):
         for run in flow_runs():
             print(json.dumps(run, sort_keys=True))

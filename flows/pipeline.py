@@ -1,12 +1,13 @@
 """The pipeline as a Prefect flow: one task a stage of dvc.yaml, each brought up to date through DVC.
 
-    python -m flows.pipeline
+    python -m flows.pipeline [-S train.learning_rate=1e-4]...
 
-The result is the one that `dvc repro` leaves. Tasks wait for each other as the graph of dvc.yaml says, and run one at
-a time, since DVC holds one lock for the whole repository. A stage that DVC found up to date, or restored from its
-cache, ends in the state Cached, one that ran in Completed, one that failed in Failed; what waits for a failed stage
-does not run. PREFECT_API_URL names the Prefect server to report to; without it a temporary one is started, with its
-database under .prefect/.
+The result is the one that `dvc repro` leaves. Stages run one at a time, in the order of dvc.yaml's graph, since DVC
+holds one lock for the whole repository. A stage that DVC found up to date, or restored from its cache, ends in the
+state Cached, one that ran in Completed, one that failed in Failed; what waits for a failed stage does not run. With
+parameters of its own (-S) the run happens in a work tree beside the checkout, and its result is an experiment of DVC.
+PREFECT_API_URL names the Prefect server to report to; without it the one of `make server`, where it runs, or a
+temporary one, with its database under .prefect/.
 """
 
 from __future__ import annotations
@@ -15,29 +16,11 @@ import argparse
 import os
 import signal
 import sys
-import time
-from collections import deque
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
-from urllib.parse import quote
-from uuid import UUID
+from typing import Any, NoReturn
 
-from flows.dag import Dag, downstream, read_dag
-from flows.process import Executor
-from pipeline import check, origin, owner, publish, stage
-from pipeline.tracking import PUBLICATION
-
-if TYPE_CHECKING:
-    from prefect import State
-
-TAIL_LINES = 20  # of a failed stage's output, kept in the message of its state
-
-# DVC's advice to whoever typed `dvc repro`, last of all it prints; after every stage it would drown the rest.
-EPILOGUE = {
-    "To track the changes with git, run:",
-    "Use `dvc push` to send your updates to remote storage.",
-    "Data and pipelines are up to date.",
-}
+from flows import settings
+from flows.dag import read_dag
+from pipeline import check, stage
 
 
 def main() -> None:
@@ -45,122 +28,54 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m flows.pipeline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.parse_args()
+    parser.add_argument(
+        "-S", "--set-param", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="a parameter of this run that differs from params.yaml, such as train.learning_rate=1e-4",
+    )  # fmt: skip
+    parser.add_argument(
+        "--when-busy", choices=("wait", "refuse"), default="wait", help="another run works there already"
+    )
+    parser.add_argument("--stage-limit-minutes", type=float, help="end a stage that takes longer")
+    arguments = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # in a pipe, too
-    configure()
+    settings.configure()
     # Default handlers, also when we were started with SIGINT ignored (in the background of a script): what is
     # ignored here would be ignored in every stage too, and none could be asked to save and stop.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminate)
     with stage.refusals("flow"):
-        dag = read_dag()
-        check.mend_lock()
-        check.refuse_obstacles()
+        read_dag()  # before anything starts
+        from flows import overrides
+
+        asked = overrides.parsed(arguments.overrides)
+        if asked:
+            overrides.applied(asked)
+        else:
+            check.refuse_obstacles()
         _reach_server()
-        states = run(dag)
-        print(f"flow: {_summary(states)}")
-        failed = [name for name, state in states.items() if state.is_failed()]
-        if failed:
-            raise stage.Refusal(_explain(dag, failed))
+        _run(asked, arguments.when_busy, arguments.stage_limit_minutes)
 
 
-def run(dag: Dag) -> dict[str, State[Any]]:
-    """Run the flow and return the final state of every stage's task."""
-    from prefect import flow, task
-    from prefect.cache_policies import NO_CACHE
-    from prefect.task_runners import ThreadPoolTaskRunner
+def _run(asked: dict[str, Any], when_busy: str, limit_minutes: float | None) -> None:
+    """Run the flow.
 
-    executor = Executor()
-
-    # DVC is the cache. Results are not persisted: Prefect would pickle them.
-    @task(cache_policy=NO_CACHE, persist_result=False)
-    def bring(name: str) -> State[Any]:
-        return bring_up_to_date(name, executor)
-
-    states: dict[str, State[Any]] = {}
-    made_from = origin.commit()
-    one_at_a_time: Any = ThreadPoolTaskRunner(max_workers=1)
-
-    @flow(name="pipeline", task_runner=one_at_a_time, persist_result=False)
-    def pipeline() -> list[Any]:
-        futures: dict[str, Any] = {}
-        try:
-            for name, upstream in dag.items():
-                named = bring.with_options(name=name, task_run_name=name)
-                futures[name] = named.submit(name, return_state=False, wait_for=[futures[other] for other in upstream])
-            for name, future in futures.items():
-                future.wait()
-                states[name] = future.state
-        except BaseException:  # Ctrl-C, SIGTERM
-            executor.stop()
-            raise
-        _tag(made_from, states)
-        return list(futures.values())  # the flow's state is made of theirs: one failed, and it is Failed
-
-    outcome = pipeline(return_state=True)
-    for state in (*states.values(), outcome):
-        _raise_our_mistakes(state)
-    return states
-
-
-def _tag(made_from: dict[str, str], states: dict[str, State[Any]]) -> None:
-    """Tag this flow run with the commit and, where publishing came to its end, with the result.
-
-    It is what leads `python -m pipeline.audit` from the flow run to MLflow and back.
+    Raises:
+        Refusal: it did not come to its end.
     """
-    from prefect.client.orchestration import get_client
-    from prefect.runtime import flow_run
+    import httpx
 
-    tags = dict(made_from)
-    if "publish" in states and states["publish"].is_completed():
-        tags[PUBLICATION] = publish.published()[1]["publication"]
-    with get_client(sync_client=True) as client:
-        client.update_flow_run(UUID(flow_run.id), tags=[*flow_run.tags, *(f"{key}={tags[key]}" for key in tags)])
+    from flows.training import pipeline
 
-
-def bring_up_to_date(name: str, executor: Executor) -> State[Any]:
-    """Let DVC bring one stage up to date, and say in the state's name what it took."""
-    from prefect.logging import get_run_logger
-    from prefect.states import Completed, Failed
-
-    log = get_run_logger()
-    tail: deque[str] = deque(maxlen=TAIL_LINES)
-    ran = epilogue = False
-    start_s = time.monotonic()
-
-    def show(line: str) -> None:
-        nonlocal ran, epilogue
-        ran = ran or line == f"Running stage '{name}':"  # what DVC prints before a command, and only then
-        epilogue = epilogue or line in EPILOGUE
-        if not epilogue:
-            tail.append(line)
-            print(line)
-            log.info("%s", line)
-
-    # The interpreter of the flow, whether or not its environment is activated; and lines as they are written.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", owner.FLOW: str(os.getpid())}
-    code = executor.run([sys.executable, "-m", "dvc", "repro", "--single-item", name], environment, show)
-    if code != 0:
-        return Failed(message=f"exit code {code}\n" + "\n".join(tail))
-    if ran:
-        return Completed(message=f"ran in {time.monotonic() - start_s:.1f} s")
-    return Completed(name="Cached", message="nothing to do")
-
-
-def configure() -> None:
-    """What Prefect reads when it is imported: data in this folder, no telemetry, and no console output beside ours."""
-    home = os.environ.setdefault("PREFECT_HOME", str(Path.cwd() / ".prefect"))
-    defaults = {
-        # Prefect would put the folder into the URL as it is, where `%` and `?` mean something else.
-        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{quote(home)}/prefect.db",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # task logs go to the server; we print the same lines
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # making the database takes 15 s on two cores
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
+    try:
+        outcome: Any = pipeline(asked or None, when_busy, limit_minutes, return_state=True)
+    except httpx.HTTPError as problem:
+        raise stage.Refusal(
+            f"the Prefect server is gone, so it does not know how this run ended ({problem}); `dvc status` does"
+        ) from None
+    if outcome.is_failed() or outcome.is_crashed():
+        if isinstance(outcome.data, BaseException):  # a fault of ours
+            raise outcome.data
+        raise stage.Refusal(str(outcome.message))
 
 
 def _reach_server() -> None:
@@ -190,29 +105,6 @@ def _reach_server() -> None:
             raise stage.Refusal(f"no Prefect server answers at {url} ({problem}); start it or unset PREFECT_API_URL")
         home = os.environ["PREFECT_HOME"]
         raise stage.Refusal(f"no temporary Prefect server could be started ({problem}); its data is in {home}")
-
-
-def _raise_our_mistakes(state: State[Any]) -> None:
-    """Raise what a task or the flow raised: a failed stage returns a state, so an exception is a fault of ours."""
-    if state.is_failed() or state.is_crashed():
-        problem = state.result(raise_on_failure=False)
-        if isinstance(problem, BaseException):
-            raise problem
-
-
-def _summary(states: dict[str, State[Any]]) -> str:
-    """One line: how many stages ended in which state, and their names."""
-    ended: dict[str, list[str]] = {}
-    for name, state in states.items():
-        ended.setdefault(str(state.name), []).append(name)
-    return "; ".join(f"{len(names)} {kind} ({', '.join(names)})" for kind, names in ended.items())
-
-
-def _explain(dag: Dag, failed: list[str]) -> str:
-    """One line: which stages failed, and which did not run because they wait for one of those."""
-    held = {other for name in failed for other in downstream(dag, name)}
-    consequence = f"; not run because of it: {', '.join(name for name in dag if name in held)}" if held else ""
-    return f"{' and '.join(failed)} failed, see the output above{consequence}"
 
 
 def _terminate(number: int, frame: object) -> NoReturn:

@@ -79,11 +79,11 @@ def of(commit: str, name: str) -> Iterator[WorkTree]:
     ROOT.mkdir(exist_ok=True)
     _remove_stale()
     tree = WorkTree(ROOT / name)
-    with _held(tree.folder):
+    with held(tree.folder.with_suffix(".lock"), str(tree.folder)):
         _remove(tree.folder)  # one that was kept
         try:
             # Twice --force: also where git still knows a work tree of this place that is gone.
-            _git("worktree", "add", "--quiet", "--detach", "--force", "--force", str(tree.folder), commit)
+            git("worktree", "add", "--quiet", "--detach", "--force", "--force", str(tree.folder), commit)
             yield tree
         except BaseException:
             tree.keep = False
@@ -94,15 +94,23 @@ def of(commit: str, name: str) -> Iterator[WorkTree]:
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Hold the lock of a work tree; its text, the process id, is there as long as the work is."""
-    with folder.with_suffix(".lock").open("a+b", buffering=0) as lock:
+def held(file: Path, what: str, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of a place; its text, the process id, is there as long as the work is.
+
+    Raises:
+        Refusal: another process holds it, and this one was not to wait.
+    """
+    file.parent.mkdir(exist_ok=True)
+    with file.open("a+b", buffering=0) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
             pid = lock.read().decode().strip() or "another"
-            raise Refusal(f"process {pid} works in {folder} already; wait for it, or end it") from None
+            if not wait:
+                raise Refusal(f"process {pid} works in {what} already; wait for it, or end it") from None
+            print(f"waiting for process {pid}, which works in {what}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n".encode())
         try:
@@ -125,11 +133,11 @@ def _remove(folder: Path) -> None:
     """Remove a work tree, and git's note of it."""
     if folder.exists():
         shutil.rmtree(folder)
-        _git("worktree", "prune")
+        git("worktree", "prune")
 
 
-def _git(*arguments: str) -> None:
-    """Run git without its hooks: those that DVC installs would check out data.
+def git(*arguments: str) -> str:
+    """What git prints, run without its hooks: those that DVC installs would check out data.
 
     Raises:
         Refusal: it fails.
@@ -138,6 +146,7 @@ def _git(*arguments: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise Refusal(f"`git {' '.join(arguments)}` failed: {stage.reason(done.stderr)}")
+    return done.stdout
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -104,7 +104,7 @@ def test_a_whole_run_unpickles_nothing_and_looks_nowhere_but_at_this_machine(tmp
     assert {(event["event"], event["callers"][0]) for event in pickled} == {("pickle.dumps", "jinja2.bccache")}
     assert {re.search(r"pipeline\.(\w+)", event["process"])[1] for event in pickled} > {"tokenize", "train", "sample"}
     mlflow = [event for event in ours if event["event"] == "import"]
-    assert {re.search(r"pipeline\.(\w+)", event["process"])[1] for event in mlflow} == {"publish", "follow"}
+    assert {re.search(r"pipeline\.(\w+)", event["process"])[1] for event in mlflow} == {"publish", "follow", "shown"}
     assert {event["what"] for event in mlflow} == {"['false', 'true']"}, "pickles off, telemetry off"
 
 

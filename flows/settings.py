@@ -1,0 +1,40 @@
+"""What Prefect reads when it is imported: data in this folder, no telemetry, and no console output beside ours."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from urllib.parse import quote
+
+HOST, PORT = "127.0.0.1", 4200
+API = f"http://{HOST}:{PORT}/api"
+MLFLOW_PAGES = f"http://{HOST}:5000"  # of `make ui`
+SERVER = "server.pid"  # in Prefect's folder, while `make server` runs there
+# Prefect takes no less. A run of a deployment that stops sending them has crashed; see flows/automations.py.
+HEARTBEAT_S = 30
+
+
+def configure() -> None:
+    """Set what is not set yet, before anything imports Prefect."""
+    home = os.environ.setdefault("PREFECT_HOME", str(Path.cwd() / ".prefect"))
+    defaults = {
+        # Prefect would put the folder into the URL as it is, where `%` and `?` mean something else.
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{quote(home)}/prefect.db",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # task logs go to the server; we print the same lines
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # making the database takes 15 s on two cores
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
+    }
+    if (Path(home) / SERVER).exists() and answers():
+        defaults["PREFECT_API_URL"] = API
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def answers() -> bool:
+    """Whether something listens where our server does."""
+    with socket.socket() as client:
+        client.settimeout(1)
+        return client.connect_ex((HOST, PORT)) == 0

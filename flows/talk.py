@@ -1,0 +1,56 @@
+"""What a flow run has to do with Prefect beside its tasks: it tells, and it ends with the worker that started it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+
+POLL_S = 0.5
+
+
+def say(line: str) -> None:
+    """Print a line and log it with the flow run."""
+    print(f"flow: {line}", flush=True)
+    get_run_logger().info("%s", line)
+
+
+@contextlib.contextmanager
+def only_showing() -> Iterator[None]:
+    """Training goes on without whoever it is shown to: a server that is gone fails nothing."""
+    try:
+        yield
+    except (httpx.HTTPError, OSError) as problem:
+        print(f"flow: the Prefect server does not answer ({problem}); the work goes on without it", flush=True)
+
+
+def tag(tags: Mapping[str, str]) -> None:
+    """Add tags to this flow run."""
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(UUID(flow_run.id), tags=[*flow_run.tags, *(f"{key}={tags[key]}" for key in tags)])
+
+
+def end_with_worker() -> None:
+    """End this process with the worker that started it, and so everything that runs under it.
+
+    A flow whose worker was killed could not be cancelled any more. Its heartbeats end with it, the server takes it for
+    crashed, and a new run goes on from the last checkpoint.
+    """
+    if "PREFECT__FLOW_RUN_ID" not in os.environ:
+        return  # started by hand
+    worker = os.getppid()
+
+    def look() -> None:
+        while os.getppid() == worker:
+            time.sleep(POLL_S)
+        os._exit(1)  # stages watch this process, and end with it
+
+    threading.Thread(target=look, name="worker", daemon=True).start()
