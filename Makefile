@@ -14,7 +14,7 @@ N ?= 30
 SEED ?= 1
 EXAMPLES ?= 10000
 
-.PHONY: help setup setup-dev repro flow verify ui real-text pretrained check test bench chaos fuzz lock
+.PHONY: help setup setup-dev repro flow server worker deploy stop verify ui real-text pretrained check test bench chaos fuzz lock
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -43,6 +43,18 @@ flow: setup                   ## the same stages as tasks of a Prefect flow
 	@python -m pipeline.check
 	python -m flows.pipeline
 	@python -m pipeline.summary
+
+server: setup                 ## a Prefect server in the background, its pages on http://127.0.0.1:4200
+	@python -m flows.services server
+
+worker: setup                 ## a worker in the background: runs here what is scheduled
+	@python -m flows.services worker
+
+deploy: setup                 ## tell the server of the deployments in prefect.yaml
+	@python -m flows.services deploy
+
+stop: setup                   ## end worker and server
+	@python -m flows.services stop
 
 verify: setup                 ## read again every byte that is recorded (REPAIR=1 also restores what is damaged)
 	@python -m pipeline.verify $(if $(REPAIR),--repair)

@@ -1,6 +1,7 @@
 """The pipeline as a Prefect flow: one task a stage of dvc.yaml, each brought up to date through DVC.
 
     python -m flows.pipeline [-S train.learning_rate=1e-4]...
+    python -m flows.pipeline --trial "train.learning_rate=1e-3" --trial "train.learning_rate=3e-3 train.seed=2"
 
 The result is the one that `dvc repro` leaves. Stages run one at a time, in the order of dvc.yaml's graph, since DVC
 holds one lock for the whole repository. A stage that DVC found up to date, or restored from its cache, ends in the
@@ -16,11 +17,14 @@ import argparse
 import os
 import signal
 import sys
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from flows import settings
 from flows.dag import read_dag
 from pipeline import check, stage
+
+if TYPE_CHECKING:
+    from prefect import Flow
 
 
 def main() -> None:
@@ -32,6 +36,11 @@ def main() -> None:
         "-S", "--set-param", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="a parameter of this run that differs from params.yaml, such as train.learning_rate=1e-4",
     )  # fmt: skip
+    parser.add_argument(
+        "--trial", action="append", default=[], metavar='"KEY=VALUE ..."', dest="trials",
+        help="one run of several with parameters of their own; the end is a table that ranks them",
+    )  # fmt: skip
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="trials at a time")
     parser.add_argument(
         "--when-busy", choices=("wait", "refuse"), default="wait", help="another run works there already"
     )
@@ -48,26 +57,34 @@ def main() -> None:
         from flows import overrides
 
         asked = overrides.parsed(arguments.overrides)
-        if asked:
-            overrides.applied(asked)
-        else:
-            check.refuse_obstacles()
+        trials = [asked | overrides.parsed(trial.split()) for trial in arguments.trials]
+        for one in trials or [asked]:
+            overrides.applied(one) if one else check.refuse_obstacles()
         _reach_server()
-        _run(asked, arguments.when_busy, arguments.stage_limit_minutes)
+        limit = {"stage_limit_minutes": arguments.stage_limit_minutes}
+        if trials:
+            from flows.sweep import sweep
+
+            _run(sweep, trials=trials, at_once=arguments.at_once, **limit)
+        else:
+            from flows.training import pipeline
+
+            _run(pipeline, overrides=asked or None, when_busy=arguments.when_busy, **limit)
 
 
-def _run(asked: dict[str, Any], when_busy: str, limit_minutes: float | None) -> None:
-    """Run the flow.
+def _run(flow: Flow[..., Any], **parameters: Any) -> None:
+    """Run a flow.
 
     Raises:
         Refusal: it did not come to its end.
     """
     import httpx
-
-    from flows.training import pipeline
+    from prefect.exceptions import ParameterTypeError
 
     try:
-        outcome: Any = pipeline(asked or None, when_busy, limit_minutes, return_state=True)
+        outcome: Any = flow(**parameters, return_state=True)
+    except ParameterTypeError as problem:
+        raise stage.Refusal(str(problem)) from None
     except httpx.HTTPError as problem:
         raise stage.Refusal(
             f"the Prefect server is gone, so it does not know how this run ended ({problem}); `dvc status` does"

@@ -33,13 +33,14 @@ STORE = Path("mlflow.db")  # of MLflow, where no other is named
 WhenBusy = Literal["wait", "refuse"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Place:
     """A folder with the files of a commit, where one flow run works."""
 
     folder: Path
     experiment: str | None = None  # name of the experiment of DVC; None: the checkout
     settings: dict[str, str] = field(default_factory=dict)  # of the environment
+    is_saved: bool = False  # the experiment has all of it
 
     def environment(self) -> dict[str, str]:
         """What a command of this place is started with."""
@@ -80,9 +81,11 @@ def beside(asked: overrides.Flat, when_busy: WhenBusy) -> Iterator[Place]:
             worktree.git("worktree", "add", "--quiet", "--detach", "--force", "--force", str(folder), commit)
         _furnish(folder, text)
         site = str(folder / ".dvc" / "tmp" / "site")
-        yield Place(folder, name, {"DVC_SITE_CACHE_DIR": site, "DVC_EXP_NAME": name})
-        shutil.rmtree(folder)
-        worktree.git("worktree", "prune")
+        here = Place(folder, name, {"DVC_SITE_CACHE_DIR": site, "DVC_EXP_NAME": name})
+        yield here
+        if here.is_saved:
+            shutil.rmtree(folder)
+            worktree.git("worktree", "prune")
 
 
 def save(place: Place) -> None:
@@ -98,6 +101,7 @@ def save(place: Place) -> None:
     )
     if done.returncode:
         raise Refusal(f"the result cannot be saved as an experiment of DVC: {stage.reason(done.stderr)}")
+    place.is_saved = True
 
 
 def _commit() -> str:

@@ -30,6 +30,11 @@ def path_of(where: Place, name: str, file: str) -> Path:
     return where.folder / stage.paths_of(stage.read_stages()[name])[file]
 
 
+def measured(where: Place) -> dict[str, Any]:
+    """What the stage `evaluate` found, and the experiment that keeps it."""
+    return {"experiment": where.experiment or "", **result_of(where, "evaluate", "evaluation.json")}
+
+
 def publish(states: Mapping[str, State[Any]], where: Place, asked: Mapping[str, Any]) -> None:
     """Leave both artifacts; without a result, only the table."""
     create_table_artifact(table(states), key="stages", description="what was brought up to date, and how")

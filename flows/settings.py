@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 from urllib.parse import quote
 
-HOST, PORT = "127.0.0.1", 4200
+HOST, PORT = "127.0.0.1", int(os.environ.get("PREFECT_SERVER_API_PORT", "4200"))
 API = f"http://{HOST}:{PORT}/api"
 MLFLOW_PAGES = f"http://{HOST}:5000"  # of `make ui`
 SERVER = "server.pid"  # in Prefect's folder, while `make server` runs there

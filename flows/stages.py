@@ -65,10 +65,9 @@ class Bar:
 
 def bring_up_to_date(name: str, place: Place, executor: Executor, limit_s: float | None = None) -> State[Any]:
     """Let DVC bring one stage up to date, and say in the state's name what it took."""
-    from prefect.logging import get_run_logger
     from prefect.states import Completed, Failed
 
-    log, bar = get_run_logger(), Bar()
+    bar = Bar()
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     ran = epilogue = False
     start_s = time.monotonic()
@@ -79,8 +78,7 @@ def bring_up_to_date(name: str, place: Place, executor: Executor, limit_s: float
         epilogue = epilogue or line in EPILOGUE
         if not epilogue:
             tail.append(line)
-            print(line)
-            log.info("%s", line)
+            talk.show(line)
             bar.show(line)
 
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", name]

@@ -17,6 +17,12 @@ from prefect.runtime import flow_run
 POLL_S = 0.5
 
 
+def show(line: str) -> None:
+    """Print a line of a command, and log it with its task."""
+    print(line, flush=True)
+    get_run_logger().info("%s", line)
+
+
 def say(line: str) -> None:
     """Print a line and log it with the flow run."""
     print(f"flow: {line}", flush=True)

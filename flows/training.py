@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
 from prefect import State, flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
-from prefect.states import Failed
+from prefect.states import Completed, Failed
 
 from flows import crashed, overrides, place, report, stages, talk
 from flows.dag import Dag, downstream, read_dag
@@ -22,6 +23,9 @@ from pipeline.tracking import PUBLICATION
 Overrides = overrides.form()
 RETRY_DELAYS_S: list[float] = [5, 30]  # before a stage is tried again, where waiting may help
 CLEAN = "Data and pipelines are up to date."  # what `dvc status` prints then
+
+ATTEMPTS_A_DAY = 3
+Minutes = Annotated[float, pydantic.Field(gt=0)]
 
 States = dict[str, State[Any]]
 
@@ -38,8 +42,8 @@ def bring(name: str, where: Place, executor: Executor, limit_s: float | None) ->
 def pipeline(
     overrides: Overrides | None = None,  # type: ignore[valid-type]
     when_busy: WhenBusy = "wait",
-    stage_limit_minutes: float | None = None,
-    attempts_a_day: int = 3,
+    stage_limit_minutes: Minutes | None = None,
+    attempts_a_day: int = ATTEMPTS_A_DAY,
 ) -> Any:
     """Bring every stage up to date: in the checkout, or with parameters of its own in a work tree beside it.
 
@@ -50,27 +54,59 @@ def pipeline(
         stage_limit_minutes: a stage that takes longer is ended, with its checkpoint kept.
         attempts_a_day: how often a run that crashed is started again within 24 hours.
     """
-    return refused(lambda: _pipeline(overrides, when_busy, stage_limit_minutes, attempts_a_day))
+    return refused(lambda: _pipeline(overrides, when_busy, stage_limit_minutes), attempts_a_day)
 
 
-def refused(work: Callable[[], Any]) -> Any:
+def refused(work: Callable[[], Any], attempts_a_day: int = ATTEMPTS_A_DAY) -> Any:
     """Work, and what a user can cause and mend becomes a state with one message, without a traceback."""
     talk.end_with_worker()
     try:
+        crashed.refuse_too_many(attempts_a_day)
         return work()
     except Refusal as problem:
         get_run_logger().error("%s", problem)
         return Failed(name="Refused", message=str(problem))
 
 
-def _pipeline(asked: Any, when_busy: WhenBusy, limit_minutes: float | None, attempts_a_day: int) -> Any:
-    crashed.refuse_too_many(attempts_a_day)
+def _pipeline(asked: Any, when_busy: WhenBusy, limit_minutes: float | None) -> Any:
     dag = read_dag()
     flat = overrides.flat(asked) if asked is not None else {}
     with place.beside(flat, when_busy) if flat else place.checkout(when_busy) as where:
-        states = bring_all(dag, where, Executor(), limit_minutes)
-        finish(dag, where, states, flat)
-    return outcome(dag, states)
+        return work(dag, where, Executor(), limit_minutes, flat)
+
+
+def work(
+    dag: Dag,
+    where: Place,
+    executor: Executor,
+    limit_minutes: float | None,
+    asked: Mapping[str, Any],
+    alone: Callable[[str], Any] = lambda _: nullcontext(),
+) -> State[Any]:
+    """Bring every stage up to date there, keep the result, and leave what there is to read.
+
+    Args:
+        alone: what to hold while a stage runs, by its name.
+
+    Returns:
+        Completed with the evaluation of the result as its data, or Failed with the names of the stages that failed.
+
+    Raises:
+        Refusal: DVC says that a stage is not up to date, or cannot keep the result.
+    """
+    states = bring_all(dag, where, executor, limit_minutes, alone)
+    failed = failures(states)
+    if not failed:
+        _refuse_stale(where)
+        if where.experiment:
+            place.save(where)
+    with talk.only_showing():
+        talk.tag(_tags(states, where))
+        report.publish(states, where, asked)
+    talk.say(summary(states))
+    if failed:
+        return Failed(message=explain(dag, failed))
+    return Completed(message=summary(states), data=report.measured(where) if "evaluate" in dag else {})
 
 
 def bring_all(
@@ -78,22 +114,16 @@ def bring_all(
     where: Place,
     executor: Executor,
     limit_minutes: float | None,
-    alone: Callable[[str], Any] = lambda _: nullcontext(),
-    prefix: str = "",
+    alone: Callable[[str], Any],
 ) -> States:
-    """Bring every stage up to date, in order; the final state of each.
-
-    Args:
-        alone: what to hold while a stage runs, by its name.
-        prefix: of the names of the tasks.
-    """
+    """Bring every stage up to date, in order; the final state of each."""
     states: States = {}
     if where.experiment is None:
         check.mend_lock()
         check.refuse_obstacles()
     try:
         for name, upstream in dag.items():
-            named = bring.with_options(name=name, task_run_name=f"{prefix}{name}")
+            named = bring.with_options(name=name, task_run_name=name)
             limit_s = 60 * limit_minutes if limit_minutes else None
             with alone(name):
                 states[name] = named(
@@ -104,28 +134,6 @@ def bring_all(
         executor.stop()
         raise
     return states
-
-
-def finish(dag: Dag, where: Place, states: States, asked: Mapping[str, Any]) -> None:
-    """Ask DVC whether all is up to date, keep the result, and leave what there is to read.
-
-    Raises:
-        Refusal: a stage is not up to date, or DVC cannot keep the result.
-    """
-    if not failures(states):
-        _refuse_stale(where)
-        if where.experiment:
-            place.save(where)
-    with talk.only_showing():
-        talk.tag(_tags(states, where))
-        report.publish(states, where, asked)
-    talk.say(summary(states))
-
-
-def outcome(dag: Dag, states: States) -> Any:
-    """The state of the flow, made of those of its stages."""
-    failed = failures(states)
-    return Failed(message=explain(dag, failed)) if failed else list(states.values())
 
 
 def failures(states: Mapping[str, State[Any]]) -> list[str]:

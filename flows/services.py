@@ -1,0 +1,200 @@
+"""A Prefect server and a worker on this machine, in the background.
+
+    python -m flows.services server | worker | deploy | stop
+
+server   starts the server and its pages on 127.0.0.1:4200
+worker   starts a worker, which runs what is scheduled, in this checkout
+deploy   tells the server of the deployments in prefect.yaml and of the automations that go with them
+stop     ends worker and server
+
+Data, logs and process ids lie in .prefect/. PREFECT_API_URL names another server for worker and deploy. Exit codes: 0
+done, 1 refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from flows import settings
+from pipeline import stage
+from pipeline.stage import Refusal
+
+POOL = "training"
+START_S = 120  # making the database takes 15 s on two cores
+STOP_S = 15
+POLL_S = 0.2
+WORKER = "worker.pid"
+
+
+def server() -> None:
+    """Start the server, and wait until it answers.
+
+    Raises:
+        Refusal: the port is in use, or the server does not start.
+    """
+    if running(settings.SERVER):
+        print(f"the server runs already: {pages()}")
+        return
+    if settings.answers():
+        raise Refusal(
+            f"port {settings.PORT} of {settings.HOST} is in use by another program; end it, or name a server that runs "
+            "elsewhere with PREFECT_API_URL"
+        )
+    os.environ.pop("PREFECT_API_URL", None)
+    process = _start(settings.SERVER, ["server", "start", "--host", settings.HOST, "--port", str(settings.PORT)])
+    deadline_s = time.monotonic() + START_S
+    while not healthy():
+        if process.poll() is not None or time.monotonic() > deadline_s:
+            stop_one(settings.SERVER)
+            raise Refusal(f"the Prefect server did not start; why is in {log_of(settings.SERVER)}")
+        time.sleep(POLL_S)
+    print(f"Prefect's pages: {pages()} (`make stop` ends the server)")
+
+
+def worker() -> None:
+    """Start a worker for the work pool of our deployments; the pool is made where there is none.
+
+    Raises:
+        Refusal: no server answers, or the worker does not start.
+    """
+    if running(WORKER):
+        print("the worker runs already")
+        return
+    reach()
+    process = _start(WORKER, ["worker", "start", "--pool", POOL, "--type", "process", "--name", Path.cwd().name])
+    time.sleep(1)
+    if process.poll() is not None:
+        stop_one(WORKER)
+        raise Refusal(f"the worker did not start; why is in {log_of(WORKER)}")
+    print(f"a worker waits for runs of the pool {POOL} (`make stop` ends it)")
+
+
+def deploy() -> None:
+    """Register deployments and automations; what the server has of them already is brought up to date.
+
+    Raises:
+        Refusal: no server answers, or Prefect refuses prefect.yaml.
+    """
+    reach()
+    pool = ["work-pool", "create", POOL, "--type", "process", "--overwrite"]
+    for command in (pool, ["--no-prompt", "deploy", "--all"]):
+        environment = {**os.environ, "CHECKOUT": str(Path.cwd())}
+        done = subprocess.run(
+            [sys.executable, "-m", "prefect", *command], env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise Refusal(f"`prefect {' '.join(command)}` failed:\n{done.stdout}{done.stderr}".rstrip())
+    from flows import automations
+
+    names = automations.bring_up_to_date()
+    print(f"the server has the deployments of prefect.yaml, and the automations {' and '.join(names)}: {pages()}")
+
+
+def stop() -> None:
+    """End worker and server, and whatever they run: it goes on from its checkpoints."""
+    for name in (WORKER, settings.SERVER):
+        print(f"{Path(name).stem}: {'ended' if stop_one(name) else 'does not run'}")
+
+
+def reach() -> None:
+    """Make sure of a server.
+
+    Raises:
+        Refusal: none answers.
+    """
+    os.environ.setdefault("PREFECT_API_URL", settings.API)
+    if not healthy():
+        raise Refusal(f"no Prefect server answers at {os.environ['PREFECT_API_URL']}: start one with `make server`")
+
+
+def healthy() -> bool:
+    """Whether the server that is named, or else ours, answers."""
+    import httpx
+
+    try:
+        url = os.environ.get("PREFECT_API_URL", settings.API)
+        return httpx.get(f"{url.rstrip('/')}/health", timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def pages() -> str:
+    """The address of the server's pages."""
+    return os.environ.get("PREFECT_API_URL", settings.API).removesuffix("/").removesuffix("/api")
+
+
+def running(name: str) -> psutil.Process | None:
+    """The process that this file of ours names, if it is still the one that we started."""
+    try:
+        pid, started_s = (home() / name).read_text(encoding="utf-8").split()
+        process = psutil.Process(int(pid))
+        # A process id may have gone to another program; its start time has not.
+        return process if f"{process.create_time():.2f}" == started_s and process.status() != "zombie" else None
+    except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
+        return None
+
+
+def stop_one(name: str) -> bool:
+    """End a service with all that it started; whether it ran."""
+    process = running(name)
+    if process is not None:
+        family = [process, *process.children(recursive=True)]
+        process.terminate()
+        psutil.wait_procs(family, STOP_S)
+        for member in family:
+            try:
+                member.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(family, STOP_S)
+    (home() / name).unlink(missing_ok=True)
+    return process is not None
+
+
+def home() -> Path:
+    """The folder with all that Prefect keeps here."""
+    return Path(os.environ["PREFECT_HOME"])
+
+
+def log_of(name: str) -> Path:
+    """Where a service writes."""
+    return (home() / name).with_suffix(".log")
+
+
+def _start(name: str, command: list[str]) -> subprocess.Popen[bytes]:
+    home().mkdir(parents=True, exist_ok=True)
+    # Two starts at once would both find nothing running; the later one of their servers finds the port in use.
+    with log_of(name).open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "prefect", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # Ctrl-C and the end of the terminal are not meant for it
+        )
+    started_s = psutil.Process(process.pid).create_time()
+    (home() / name).write_text(f"{process.pid} {started_s:.2f}\n", encoding="utf-8")
+    return process
+
+
+def main() -> None:
+    """Do one of them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.services", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("service", choices=("server", "worker", "deploy", "stop"))
+    service = parser.parse_args().service
+    settings.configure()
+    with stage.refusals(service):
+        {"server": server, "worker": worker, "deploy": deploy, "stop": stop}[service]()
+
+
+if __name__ == "__main__":
+    main()
