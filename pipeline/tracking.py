@@ -124,10 +124,22 @@ def live_names(run: Any) -> set[str]:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Hold the repository's lock: one process at a time looks for a run and creates what it misses."""
-    with Path("dvc.yaml").open("rb") as lock:
+    """Hold the repository's lock: one process at a time looks for a run and creates what it misses.
+
+    All work trees of a repository hold the same one, that of its checkout, for they write to the same store.
+    """
+    with (_checkout() / "dvc.yaml").open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _checkout() -> Path:
+    """The first of the work trees of this repository: the others have a file .git that leads there."""
+    here, git = Path(), Path(".git")
+    if git.is_file():
+        first = Path(git.read_text(encoding="utf-8").removeprefix("gitdir: ").strip()).parents[2]
+        here = first if (first / "dvc.yaml").is_file() else here
+    return here
 
 
 @contextlib.contextmanager

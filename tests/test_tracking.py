@@ -1,4 +1,5 @@
 import contextlib
+import fcntl
 import math
 import os
 import shutil
@@ -183,3 +184,18 @@ def test_a_store_that_fails_halfway_is_one_sentence_without_a_traceback(reposito
     with pytest.raises(Refusal, match="cannot be used"), tracking.problems():
         store.create("0" * 16)
     assert "".join(capfd.readouterr()) == ""
+
+
+def test_all_work_trees_of_a_repository_hold_one_lock(tmp_path, monkeypatch):
+    checkout, tree = tmp_path / "a checkout ü", tmp_path / "tree"
+    (checkout / "dvc.yaml").parent.mkdir()
+    (checkout / "dvc.yaml").write_text("stages: {}\n")
+    git = ["git", "-C", str(checkout), "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for command in (["init"], ["add", "."], ["commit", "-m", "one"], ["worktree", "add", str(tree)]):
+        subprocess.run([*git, *command], check=True, capture_output=True)
+    monkeypatch.chdir(tree)
+    with tracking.alone(), (checkout / "dvc.yaml").open("rb") as lock, pytest.raises(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    monkeypatch.chdir(checkout)
+    with tracking.alone(), (tree / "dvc.yaml").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its own lock is nobody's
