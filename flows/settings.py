@@ -19,8 +19,8 @@ def configure() -> None:
     """Set what is not set yet, before anything imports Prefect."""
     home = os.environ.setdefault("PREFECT_HOME", str(Path.cwd() / ".prefect"))
     defaults = {
-        # Prefect would put the folder into the URL as it is, where `%` and `?` mean something else.
-        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{quote(home)}/prefect.db",
+        # Prefect would put the folder into the URL as it is, where `?` means something else. SQLite unquotes this one.
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///file:{quote(home)}/prefect.db?uri=true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # task logs go to the server; we print the same lines

@@ -51,7 +51,7 @@ def environment(tmp_path_factory):
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "DVC"))}
     # Stages of `dvc repro` say `python`; the flow finds its own.
     path = f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"
-    home = str(tmp_path_factory.mktemp("home") / "a folder, 100%25 ü")
+    home = str(tmp_path_factory.mktemp("home") / "a folder? 100%25 ü")
     return clean | {"PYTHONPATH": str(ROOT), "PATH": path, "PREFECT_HOME": home, "DVC_NO_ANALYTICS": "1"}
 
 
@@ -62,7 +62,7 @@ def with_server(environment):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # The default of a flow without a server, so that `ended_in` reads the same database in both cases.
-    database = f"sqlite+aiosqlite:///{quote(environment['PREFECT_HOME'])}/prefect.db"
+    database = f"sqlite+aiosqlite:///file:{quote(environment['PREFECT_HOME'])}/prefect.db?uri=true"
     settings = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": database, "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     command = [
         sys.executable,

@@ -100,7 +100,7 @@ def test_one_run_holds_everything(repository):
     assert run.data.tags["pipeline.verdict"] == "healthy"
 
 
-def test_the_page_of_a_run_tells_verdict_losses_samples_and_the_way_back(repository):
+def test_the_page_of_a_run_tells_verdict_losses_samples_and_the_way_back(repository, monkeypatch):
     result.publish_here()
     view = View()
     (run,) = view.runs
@@ -115,6 +115,7 @@ def test_the_page_of_a_run_tells_verdict_losses_samples_and_the_way_back(reposit
         f"python -m pipeline.audit {run.info.run_id}",
     ):
         assert part in text, text
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.uri())  # where it looks, whatever its client is for
     table = view.client.load_table(view.store.experiment_id, "samples.json", [run.info.run_id])
     assert list(table["prompt"]) == [text[:8] for text in result.TEXTS]
     assert (table["prompt"] + table["continuation"]).str.replace(r"\s+", " ", regex=True).iloc[0].endswith("It is so.")
