@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,13 @@ def measured(where: Place) -> dict[str, Any]:
     return {"experiment": where.experiment or "", **result_of(where, "evaluate", "evaluation.json")}
 
 
-def publish(states: Mapping[str, State[Any]], where: Place, asked: Mapping[str, Any]) -> None:
-    """Leave both artifacts; without a result, only the table."""
+def publish(
+    states: Mapping[str, State[Any]], where: Place, asked: Mapping[str, Any], shown: Future[dict[str, str]] | None
+) -> None:
+    """Leave both artifacts; without a result in MLflow, only the table."""
     create_table_artifact(table(states), key="stages", description="what was brought up to date, and how")
-    picture = stage.read_stages().get("evaluate") and path_of(where, "evaluate", "loss_curve.png")
-    if "publish" in states and states["publish"].is_completed() and picture:
-        text = "\n".join(result(where, asked, shown(where), picture))
+    if shown:
+        text = "\n".join(result(where, asked, shown.result(), path_of(where, "evaluate", "loss_curve.png")))
         create_markdown_artifact(text, key="result", description="verdict, losses, picture and samples")
 
 
@@ -77,13 +79,23 @@ def mlflow_pages() -> str:
     return server.rstrip("/") if server.startswith("http") else settings.MLFLOW_PAGES
 
 
-def shown(where: Place) -> dict[str, str]:
-    """Run and version of the result in MLflow, and its description; what is wrong, where MLflow cannot be asked."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.shown"],
-        cwd=where.folder, env=where.environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        return {"description": markdown.escaped(stage.reason(done.stderr))}
-    found: dict[str, str] = json.loads(done.stdout)
-    return found
+def asked_of_mlflow(where: Place) -> Future[dict[str, str]]:
+    """Run and version of the result in MLflow, and its description; what is wrong, where MLflow cannot be asked.
+
+    The answer takes a few seconds, in which the caller has something else to do.
+    """
+
+    def ask() -> dict[str, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "pipeline.shown"],
+            cwd=where.folder, env=where.environment(), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            return {"description": markdown.escaped(stage.reason(done.stderr))}
+        found: dict[str, str] = json.loads(done.stdout)
+        return found
+
+    pool = ThreadPoolExecutor(1)
+    answer = pool.submit(ask)
+    pool.shutdown(wait=False)
+    return answer

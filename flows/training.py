@@ -96,13 +96,15 @@ def work(
     """
     states = bring_all(dag, where, executor, limit_minutes, alone)
     failed = failures(states)
+    is_published = "evaluate" in states and "publish" in states and states["publish"].is_completed()
+    shown = report.asked_of_mlflow(where) if is_published else None
     if not failed:
         _refuse_stale(where)
         if where.experiment:
             place.save(where)
     with talk.only_showing():
         talk.tag(_tags(states, where))
-        report.publish(states, where, asked)
+        report.publish(states, where, asked, shown)
     talk.say(summary(states))
     if failed:
         return Failed(message=explain(dag, failed))
