@@ -19,13 +19,13 @@ POLL_S = 0.5
 
 def show(line: str) -> None:
     """Print a line of a command, and log it with its task."""
-    print(line, flush=True)
+    _print(line)
     get_run_logger().info("%s", line)
 
 
 def say(line: str) -> None:
     """Print a line and log it with the flow run."""
-    print(f"flow: {line}", flush=True)
+    _print(f"flow: {line}")
     get_run_logger().info("%s", line)
 
 
@@ -35,7 +35,7 @@ def only_showing() -> Iterator[None]:
     try:
         yield
     except (httpx.HTTPError, OSError) as problem:
-        print(f"flow: the Prefect server does not answer ({problem}); the work goes on without it", flush=True)
+        _print(f"flow: the Prefect server does not answer ({problem}); the work goes on without it")
 
 
 def tag(tags: Mapping[str, str]) -> None:
@@ -60,3 +60,9 @@ def end_with_worker() -> None:
         os._exit(1)  # stages watch this process, and end with it
 
     threading.Thread(target=look, name="worker", daemon=True).start()
+
+
+def _print(line: str) -> None:
+    # A worker that was killed reads no more. This process ends with it, in a moment, and not as one that failed.
+    with contextlib.suppress(BrokenPipeError):
+        print(line, flush=True)
