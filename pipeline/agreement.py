@@ -1,23 +1,24 @@
 """Whether the bytes are what the names say: everything that contradicts a run, a version, a flow run or this checkout.
 
 Held against bytes are the MD5s that a run has of dvc.lock (DVC's objects, and the reports in MLflow), the SHA-256 of
-its model (DVC's copy of models/best, and the files of the version), its parameters (params.yaml of the commit), and the
-commit itself (the code that a dvc.lock with these outputs names). Where the work tree differed from the commit when the
-result was published, the commit is no witness of either.
+its model (DVC's copy of models/best, and the files of the version), its parameters (params.yaml of the commit), the
+commit itself (the code that a dvc.lock with these outputs names), and the tags that repeat what a file says. Where the
+work tree differed from the commit when the result was published, the commit is no witness of either.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline import commits, inputs, publication, verify
-from pipeline.pedigree import COMMIT, DIRTY, Records, model_name, outputs_of, title
+from pipeline.pedigree import COMMIT, DIRTY, LOCKED, VERDICT, Records, model_name, outputs_of, title
 from pipeline.registry import MODEL_SHA256
-from pipeline.tracking import MAX_PARAM_CHARACTERS, PUBLICATION
+from pipeline.tracking import FINGERPRINT, MAX_PARAM_CHARACTERS, NUM_FINGERPRINT_DIGITS, PUBLICATION
 
 
 def run_faults(records: Records, run: Any) -> Iterator[str]:
@@ -33,6 +34,7 @@ def run_faults(records: Records, run: Any) -> Iterator[str]:
         yield from _code_faults(records, run)
     yield from _copy_faults(records, run)
     yield from _report_faults(records, run)
+    yield from _tag_faults(records, run)
     if not records.versions_of(run):
         yield f"{title(run)}: no version of {model_name(run)!r} holds its model; `python -m pipeline.summary` adds it"
 
@@ -47,8 +49,10 @@ def version_faults(records: Records, version: Any) -> Iterator[str]:
     if run is None:
         yield f"{here}: an orphan: MLflow has no published run {version.run_id}"
     else:
-        others = [tag for tag in (MODEL_SHA256, PUBLICATION, COMMIT) if tags.get(tag) != run.data.tags.get(tag)]
-        yield from (f"{here}: its tag {tag} is not that of {title(run)}" for tag in others)
+        there = run.data.tags | (said := _said(records, run))
+        locked = {tag for tag in tags if tag.startswith(LOCKED)}  # the first versions have none of these
+        for tag in sorted({MODEL_SHA256, PUBLICATION, COMMIT, VERDICT} | said.keys() | locked):
+            yield from _unlike(f"{here}: its tag {tag} is not that of {title(run)}", tags.get(tag), there.get(tag))
     for other in records.versions(version.name):
         if other.tags.get(MODEL_SHA256) == tags[MODEL_SHA256] and int(other.version) < int(version.version):
             yield f"{here}: version {other.version} claims the same bytes"
@@ -142,6 +146,51 @@ def _copy_faults(records: Records, run: Any) -> Iterator[str]:
         yield f"{title(run)}: no tag of it names {best} of dvc.lock"
     elif not missing and _model_sha256(best, records.objects(best, outputs[best])) != run.data.tags.get(MODEL_SHA256):
         yield f"{title(run)}: {best} of dvc.lock is not the model that its tag {MODEL_SHA256} names"
+
+
+def _tag_faults(records: Records, run: Any) -> Iterator[str]:
+    """The tags of a run repeat what its files say; of the fingerprint they have the first digits, of losses nothing."""
+    said = _said(records, run)
+    for tag, num_characters in ((FINGERPRINT, NUM_FINGERPRINT_DIGITS), (VERDICT, None)):
+        if tag in said:
+            fault = f"{title(run)}: its tag {tag} is not what its files say"
+            yield from _unlike(fault, run.data.tags.get(tag), said[tag][:num_characters])
+
+
+def _said(records: Records, run: Any) -> dict[str, str]:
+    """What DVC's copies of a run's files say, by the tags of its version that repeat it."""
+    copies = {
+        name: at
+        for path, md5 in _outputs(run).items()
+        for name, at, state in records.objects(path, md5)
+        if state == "sound"
+    }
+    readers: dict[Path, Callable[[Any], dict[str, str]]] = {
+        records.paths["best"] / "training.json": lambda told: {FINGERPRINT: told["fingerprint"]},
+        records.paths["diagnostics.json"]: lambda told: {VERDICT: told["verdict"]},
+        records.paths["evaluation.json"]: lambda told: {
+            f"{side}_loss": as_tag(told[side]["loss"]) for side in ("validation", "test")
+        },
+    }
+    said: dict[str, str] = {}
+    for path, read in readers.items():
+        # DVC no longer has it, or a tag was changed and names something else: another fault says so.
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            said |= read(json.loads(copies[path.as_posix()].read_bytes()))
+    return said
+
+
+def as_tag(loss: float | None) -> str:
+    """A loss, as publish writes it into a tag."""
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
+def _unlike(fault: str, here: str | None, there: str | None) -> Iterator[str]:
+    """The fault with both values if they differ; of tags with many lines, those that differ."""
+    ours, theirs = (set((text or "").splitlines()) for text in (here, there))
+    if ours != theirs:
+        shown = [", ".join(sorted(lines)) or "nothing" for lines in (theirs - ours, ours - theirs)]
+        yield f"{fault} ({shown[0]} there, {shown[1]} here)"
 
 
 def _outputs(run: Any) -> dict[str, str]:

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline import agreement, commits, owner, recorded, stage, tracking, verify
-from pipeline.pedigree import COMMIT, DIRTY, Records, model_name, outputs_of, title
+from pipeline.pedigree import COMMIT, DIRTY, VERDICT, Records, model_name, outputs_of, title
 from pipeline.stage import Refusal
 from pipeline.tracking import PUBLICATION
 
@@ -99,7 +99,7 @@ def lines(records: Records, run: Any) -> Iterator[str]:
     """The pedigree of one result, a line each."""
     tags = run.data.tags
     losses = [f"test loss {value:.4f}" for name, value in run.data.metrics.items() if name == "test_loss"]
-    yield "  ".join([f"result    {tags[PUBLICATION][:8]}", tags.get("pipeline.verdict", ""), *losses])
+    yield "  ".join([f"result    {tags[PUBLICATION][:8]}", tags.get(VERDICT, ""), *losses])
     dirty = {"false": "", "true": " with changes"}.get(tags.get(DIRTY), " (whether changed is unknown)")
     yield f"commit    {tags.get(COMMIT, 'unknown')}{dirty}"
     places = [commit[:12] or "this checkout" for commit in records.locks_of(run)]

@@ -18,7 +18,8 @@ from pipeline import commits, inputs, recorded, stage, tracking
 from pipeline.registry import MODEL_SHA256
 from pipeline.tracking import PUBLICATION
 
-COMMIT, DIRTY, LOCKED = "git.commit", "git.dirty", "dvc.lock."  # tags of a run; the last begins one a stage
+# Tags of a run; the last begins one a stage.
+COMMIT, DIRTY, VERDICT, LOCKED = "git.commit", "git.dirty", "pipeline.verdict", "dvc.lock."
 
 
 class Records:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline import audit, files, inputs, recorded, registry, stage, tracking
-from pipeline.pedigree import Records
+from pipeline import agreement, audit, files, inputs, publish, recorded, registry, stage, tracking
+from pipeline.pedigree import LOCKED, VERDICT, Records
 from pipeline.stage import Refusal
 from tests import result
 from tests.result import edited
@@ -214,13 +214,16 @@ def tagged(**tags):
 
 
 def with_version(name, value):
-    client().set_model_version_tag(version().name, str(version().version), name, value)
+    if value is None:
+        client().delete_model_version_tag(version().name, str(version().version), name)
+    else:
+        client().set_model_version_tag(version().name, str(version().version), name, value)
 
 
 @contextlib.contextmanager
 def version_tagged(name, value):
-    """Another tag of the version, for a while."""
-    before = version().tags[name]
+    """Another tag of the version, or none, for a while."""
+    before = version().tags.get(name)
     with_version(name, value)
     try:
         yield
@@ -299,7 +302,9 @@ def copy_of(path):
     return recorded.object_path(CACHE, inputs.md5_of(Path(path)))
 
 
-@pytest.mark.parametrize("path", ["data/raw", "reports/train.jsonl", "models/best/model.safetensors"])
+@pytest.mark.parametrize(
+    "path", ["data/raw", "reports/train.jsonl", "reports/diagnostics.json", "models/best/model.safetensors"]
+)
 def test_an_object_of_dvc_that_changed_or_went_is_named(here, path):
     with broken(copy_of(path)):
         assert any(f"DVC's copy of {path}, was changed" in fault for fault in faults())
@@ -318,6 +323,13 @@ def test_outputs_that_a_run_names_and_dvc_lock_does_not_are_named(here):
         assert any("no tag of it names models/best of dvc.lock" in one for one in faults())
     with tagged(**{"dvc_lock.train": "no digest"}):
         assert any("DVC no longer has no" in one for one in faults())
+
+
+def test_another_report_in_the_place_of_one_is_named(here):
+    text, md5 = run().data.tags["dvc.lock.evaluate"], inputs.md5_of
+    other = text.replace(md5(Path("reports/evaluation.json")), md5(Path("reports/leakage.json")))  # it has no losses
+    with tagged(**{"dvc_lock.evaluate": other}):
+        assert any("its artifact reports/evaluation.json is not the file of dvc.lock" in fault for fault in faults())
 
 
 def test_a_dvc_lock_of_which_nothing_is_published_is_named(here):
@@ -379,6 +391,55 @@ def test_a_version_of_another_model_or_result_than_its_run_is_named(here):
     with version_tagged(registry.MODEL_SHA256, "0" * 64):
         found = faults()
     assert any(f"its tag {registry.MODEL_SHA256} is not that of run" in fault for fault in found)
+
+
+@pytest.mark.parametrize(
+    ("tag", "was", "by_hand"),
+    [
+        (tracking.FINGERPRINT, result.FINGERPRINT, result.FINGERPRINT[:-1]),
+        (VERDICT, "healthy", "overfitting"),
+        ("validation_loss", "5.3000", "5.2000"),
+        ("test_loss", "5.4000", "not finite"),
+        ("test_loss", "5.4000", None),
+        ("dvc.lock.more", None, "models/more 0123"),
+    ],
+)
+def test_a_tag_of_a_version_that_somebody_changed_is_named_with_both_values(here, tag, was, by_hand):
+    with version_tagged(tag, by_hand):
+        said = f"its tag {tag} is not that of run {run().info.run_id}"
+        values = f"({was or 'nothing'} there, {by_hand or 'nothing'} here)"
+        assert only(faults(), "models:/gpt2-pipeline/1: ", said, values)
+
+
+def test_an_output_in_a_tag_of_a_version_that_somebody_changed_is_named_with_both_values(here):
+    text, best = version().tags["dvc.lock.train"], inputs.md5_of(Path("models/best"))
+    with version_tagged("dvc.lock.train", text.replace(best, "0123")):
+        values = f"(models/best {best} there, models/best 0123 here)"
+        assert only(faults(), "models:/gpt2-pipeline/1: its tag dvc.lock.train is not that of run", values)
+
+
+def test_a_version_from_before_versions_named_outputs_agrees(here):
+    with database_kept():
+        for tag in (tag for tag in version().tags if tag.startswith(LOCKED)):
+            with_version(tag, None)
+        assert faults() == []
+
+
+@pytest.mark.parametrize(
+    ("tag", "was", "by_hand"),
+    [(VERDICT, "healthy", "overfitting"), (tracking.FINGERPRINT, result.FINGERPRINT[:16], "f" * 16)],
+)
+def test_a_tag_of_a_run_that_somebody_changed_is_named_with_both_values(here, tag, was, by_hand):
+    with tagged(**{tag.replace(".", "_"): by_hand}):
+        said = f"its tag {tag} is not what its files say ({was} there, {by_hand} here)"
+        assert only(faults(), f"run {run().info.run_id}", said)
+
+
+@pytest.mark.parametrize("loss", [5.43215, None])
+def test_a_loss_is_expected_as_publish_writes_it(here, loss):
+    told = files.read_json(Path("reports/publication.json"))
+    losses = {"validation": loss, "test": loss}
+    assert publish.model_of(told | {"losses": losses}, result.paths()).tags["test_loss"] == agreement.as_tag(loss)
 
 
 def test_a_model_with_other_bytes_than_its_version_says_is_named(here):
