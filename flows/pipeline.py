@@ -56,6 +56,7 @@ def main() -> None:
         read_dag()  # before anything starts
         from flows import overrides
 
+        overrides.form()  # params.yaml is right
         asked = overrides.parsed(arguments.overrides)
         trials = [asked | overrides.parsed(trial.split()) for trial in arguments.trials]
         for one in trials or [asked]:

@@ -18,13 +18,18 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from flows import settings
+from flows import overrides, settings
 from pipeline import stage
 from pipeline.stage import Refusal
+
+if TYPE_CHECKING:
+    import httpx
 
 POOL = "training"
 START_S = 120  # making the database takes 15 s on two cores
@@ -49,12 +54,7 @@ def server() -> None:
         )
     os.environ.pop("PREFECT_API_URL", None)
     process = _start(settings.SERVER, ["server", "start", "--host", settings.HOST, "--port", str(settings.PORT)])
-    deadline_s = time.monotonic() + START_S
-    while not healthy():
-        if process.poll() is not None or time.monotonic() > deadline_s:
-            stop_one(settings.SERVER)
-            raise Refusal(f"the Prefect server did not start; why is in {log_of(settings.SERVER)}")
-        time.sleep(POLL_S)
+    _wait(settings.SERVER, process, "Prefect server", healthy)
     print(f"Prefect's pages: {pages()} (`make stop` ends the server)")
 
 
@@ -68,11 +68,10 @@ def worker() -> None:
         print("the worker runs already")
         return
     reach()
-    process = _start(WORKER, ["worker", "start", "--pool", POOL, "--type", "process", "--name", Path.cwd().name])
-    time.sleep(1)
-    if process.poll() is not None:
-        stop_one(WORKER)
-        raise Refusal(f"the worker did not start; why is in {log_of(WORKER)}")
+    name = Path.cwd().name.replace("%", "-")  # Prefect takes none in the name of a worker
+    before = _heartbeat(name)
+    process = _start(WORKER, ["worker", "start", "--pool", POOL, "--type", "process", "--name", name])
+    _wait(WORKER, process, "worker", lambda: _heartbeat(name) != before)
     print(f"a worker waits for runs of the pool {POOL} (`make stop` ends it)")
 
 
@@ -80,9 +79,10 @@ def deploy() -> None:
     """Register deployments and automations; what the server has of them already is brought up to date.
 
     Raises:
-        Refusal: no server answers, or Prefect refuses prefect.yaml.
+        Refusal: no server answers, params.yaml or dvc.yaml is not right, or Prefect refuses prefect.yaml.
     """
     reach()
+    overrides.form()  # a part of the deployments; where Prefect meets its faults, it tells them at length
     pool = ["work-pool", "create", POOL, "--type", "process", "--overwrite"]
     for command in (pool, ["--no-prompt", "deploy", "--all"]):
         environment = {**os.environ, "CHECKOUT": str(Path.cwd())}
@@ -116,13 +116,27 @@ def reach() -> None:
 
 def healthy() -> bool:
     """Whether the server that is named, or else ours, answers."""
+    answer = _ask("GET", "health")
+    return answer is not None and answer.status_code == 200
+
+
+def _heartbeat(worker_name: str) -> str | None:
+    """When the server last heard of a worker of ours."""
+    answer = _ask("POST", f"work_pools/{POOL}/workers/filter", json={})
+    if answer is None or answer.status_code != 200:
+        return None
+    return next((one["last_heartbeat_time"] for one in answer.json() if one["name"] == worker_name), None)
+
+
+def _ask(method: str, path: str, **more: Any) -> httpx.Response | None:
+    """What the server that is named, or else ours, answers; None, where there is none."""
     import httpx
 
+    url = os.environ.get("PREFECT_API_URL", settings.API)
     try:
-        url = os.environ.get("PREFECT_API_URL", settings.API)
-        return httpx.get(f"{url.rstrip('/')}/health", timeout=2).status_code == 200
+        return httpx.request(method, f"{url.rstrip('/')}/{path}", timeout=2, **more)
     except httpx.HTTPError:
-        return False
+        return None
 
 
 def pages() -> str:
@@ -182,6 +196,20 @@ def _start(name: str, command: list[str]) -> subprocess.Popen[bytes]:
     started_s = psutil.Process(process.pid).create_time()
     (home() / name).write_text(f"{process.pid} {started_s:.2f}\n", encoding="utf-8")
     return process
+
+
+def _wait(name: str, process: subprocess.Popen[bytes], what: str, is_there: Callable[[], bool]) -> None:
+    """Wait until a service that was started is there.
+
+    Raises:
+        Refusal: it ended, or is not there in time.
+    """
+    deadline_s = time.monotonic() + START_S
+    while not is_there():
+        if process.poll() is not None or time.monotonic() > deadline_s:
+            stop_one(name)
+            raise Refusal(f"the {what} did not start; why is in {log_of(name)}")
+        time.sleep(POLL_S)
 
 
 def main() -> None:

@@ -20,7 +20,10 @@ from pipeline import check, origin, recorded
 from pipeline.stage import Refusal
 from pipeline.tracking import PUBLICATION
 
-Overrides = overrides.form()
+try:
+    Overrides = overrides.form()
+except Refusal:  # every run says it: raised here, it would be a traceback in the log of a worker
+    Overrides = pydantic.BaseModel
 RETRY_DELAYS_S: list[float] = [5, 30]  # before a stage is tried again, where waiting may help
 CLEAN = "Data and pipelines are up to date."  # what `dvc status` prints then
 
@@ -70,6 +73,7 @@ def refused(work: Callable[[], Any], attempts_a_day: int = ATTEMPTS_A_DAY) -> An
 
 def _pipeline(asked: Any, when_busy: WhenBusy, limit_minutes: float | None) -> Any:
     dag = read_dag()
+    overrides.form()  # params.yaml is right
     flat = overrides.flat(asked) if asked is not None else {}
     with place.beside(flat, when_busy) if flat else place.checkout(when_busy) as where:
         return work(dag, where, Executor(), limit_minutes, flat)
