@@ -107,6 +107,7 @@ def _reach_server() -> None:
 
     url = PREFECT_API_URL.value()
     if not url:
+        settings.refuse_locked_database()
         print("flow: starting a temporary Prefect server (PREFECT_API_URL is not set)")
     # Ctrl-C reaches our whole process group. A server that ended with it could not take our last states, so it
     # inherits a mask that holds the interrupt back; it is ended by a signal of its own when we exit.

@@ -42,7 +42,7 @@ def server() -> None:
     """Start the server, and wait until it answers.
 
     Raises:
-        Refusal: the port is in use, or the server does not start.
+        Refusal: the port or the database is in use, or the server does not start.
     """
     if running(settings.SERVER):
         print(f"the server runs already: {pages()}")
@@ -52,6 +52,7 @@ def server() -> None:
             f"port {settings.PORT} of {settings.HOST} is in use by another program; end it, or name a server that runs "
             "elsewhere with PREFECT_API_URL"
         )
+    settings.refuse_locked_database()
     os.environ.pop("PREFECT_API_URL", None)
     process = _start(settings.SERVER, ["server", "start", "--host", settings.HOST, "--port", str(settings.PORT)])
     _wait(settings.SERVER, process, "Prefect server", healthy)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import sqlite3
 from pathlib import Path
 from urllib.parse import quote
+
+from pipeline.stage import Refusal
 
 HOST, PORT = "127.0.0.1", int(os.environ.get("PREFECT_SERVER_API_PORT", "4200"))
 API = f"http://{HOST}:{PORT}/api"
@@ -13,6 +17,7 @@ MLFLOW_PAGES = f"http://{HOST}:5000"  # of `make ui`
 SERVER = "server.pid"  # in Prefect's folder, while `make server` runs there
 # Prefect takes no less. A run of a deployment that stops sending them has crashed; see flows/automations.py.
 HEARTBEAT_S = 30
+LOCKED_S = 10  # longer than any write of a server takes
 
 
 def configure() -> None:
@@ -39,3 +44,22 @@ def answers() -> bool:
     with socket.socket() as client:
         client.settimeout(1)
         return client.connect_ex((HOST, PORT)) == 0
+
+
+def refuse_locked_database() -> None:
+    """Before a server starts, which would wait for minutes, and not say for what.
+
+    Raises:
+        Refusal: another process keeps the database in Prefect's folder for itself.
+    """
+    file = Path(os.environ["PREFECT_HOME"]) / "prefect.db"
+    if not file.exists():
+        return
+    with contextlib.closing(sqlite3.connect(file, timeout=LOCKED_S)) as database:
+        try:
+            database.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as problem:
+            raise Refusal(
+                f"Prefect's database {file} cannot be used ({problem}); end the program that has it open (`fuser` "
+                "names it), or name a server that runs elsewhere with PREFECT_API_URL"
+            ) from None
