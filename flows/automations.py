@@ -16,7 +16,6 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from flows.settings import HEARTBEAT_S
 
 SLACK_S = 20  # how late a heartbeat may be, on a machine that is busy; together, within a minute
-LONGEST_RUN = timedelta(days=60)
 FINAL = ("Completed", "Cached", "Failed", "Refused", "TimedOut", "Cancelled", "Crashed")
 RUN = "prefect.flow-run"
 
@@ -33,15 +32,13 @@ def ours() -> list[AutomationCore]:
         within=timedelta(seconds=HEARTBEAT_S + SLACK_S),
     )
     has_crashed = EventTrigger(
-        # One that never ran, because its code cannot be loaded, would crash again at once, for ever.
-        after={f"{RUN}.Running"},
         expect={f"{RUN}.Crashed"},
-        match={"prefect.resource.id": [f"{RUN}.*"]},
+        # One that never ran, because its code cannot be loaded, would crash again at once, for ever.
+        match={"prefect.resource.id": [f"{RUN}.*"], "prefect.run-count": "!0"},
         match_related={"prefect.resource.role": "deployment"},
-        for_each={"prefect.resource.id"},
         posture=Posture.Reactive,
         threshold=1,
-        within=LONGEST_RUN,
+        within=timedelta(0),
     )
     same_parameters = {
         "__prefect_kind": "json",
@@ -64,10 +61,13 @@ def ours() -> list[AutomationCore]:
 
 
 def bring_up_to_date() -> list[str]:
-    """Make our automations on the server as they are here, and return their names."""
+    """Make our automations on the server what they are here, and return their names."""
     with get_client(sync_client=True) as client:
         for automation in ours():
-            for old in client.read_automations_by_name(automation.name):
-                client.delete_automation(old.id)
-            client.create_automation(automation)
+            # In place, so that a run that is going on is still watched.
+            known = client.read_automations_by_name(automation.name)
+            if known:
+                client.update_automation(known[0].id, automation)
+            else:
+                client.create_automation(automation)
     return [automation.name for automation in ours()]
