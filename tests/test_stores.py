@@ -76,7 +76,7 @@ def postgresql(tmp_path_factory):
         socket.create_connection(("127.0.0.1", port), timeout=1).close()
 
     with started([postgres, "-D", str(data), *options], ask, cwd=folder, stderr=subprocess.DEVNULL, **someone):
-        uri = f"postgresql://pipeline@127.0.0.1:{port}/postgres"
+        uri = f"postgresql+psycopg://pipeline@127.0.0.1:{port}/postgres"
         # MLflow makes its tables: a minute of migrations, once for all tests.
         script = "import sys, mlflow; mlflow.MlflowClient(sys.argv[1]).search_experiments()"
         subprocess.run([sys.executable, "-c", script, uri], check=True, cwd=folder)

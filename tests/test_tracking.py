@@ -154,7 +154,7 @@ def test_a_hanging_server_is_given_up_within_30_s(repository, monkeypatch):
     [
         "sqlite:////proc/nowhere/mlflow.db",
         "nonsense://x",
-        "postgresql://me:secret@127.0.0.1:1/x",
+        "postgresql+psycopg://me:secret@127.0.0.1:1/x",
         "sqlite:////etc/hosts",
     ],
 )
