@@ -1,6 +1,7 @@
-"""Pictures of MLflow's pages in docs/, with what MLflow holds here, taken by a real browser.
+"""Pictures of the pages of MLflow and Prefect in docs/, taken by a real browser.
 
-python -m examples.pictures
+python -m examples.pictures            # MLflow's, with what it holds here
+python -m examples.pictures prefect    # Prefect's, after a run and a sweep in .examples/prefect
 """
 
 from __future__ import annotations
@@ -8,21 +9,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from examples import browser, prefect_pages
 from pipeline import champions, stage, tracking
 
 DOCS = Path(__file__).parent.parent / "docs"
-START_S, DRAW_MS = 120.0, 30_000  # how long a server may take to start, and a page to draw itself
+START_S, SETTLE_S = 120.0, 5.0  # how long a server may take to start, and a page to look the same
 VIEW = "?workflowType=machine_learning"  # of the two that MLflow's pages have
 WIDTH, PANEL = 1260, 440  # pixels; of a panel on the right, which says nothing of what is here and is cut off
 HEIGHTS = {"mlflow_run": 1700, "mlflow_version": 1200}
@@ -79,33 +79,28 @@ def served() -> Iterator[str]:
         server.wait()
 
 
-def take(browser: str, address: str, height: int, picture: Path) -> None:
-    """One picture of one page."""
-    from PIL import Image
-
-    with tempfile.TemporaryDirectory() as profile:
-        command = [browser, "--headless", "--no-sandbox", "--hide-scrollbars", "--disable-gpu", "--lang=en",
-                   "--no-first-run", "--disable-background-networking", f"--user-data-dir={profile}",
-                   f"--window-size={WIDTH + PANEL},{height}", f"--virtual-time-budget={DRAW_MS}",
-                   f"--screenshot={picture}", address]  # fmt: skip
-        subprocess.run(command, check=True, capture_output=True, timeout=300, env=os.environ | {"TZ": "UTC"})
-    with Image.open(picture) as image:
-        image.crop((0, 0, WIDTH, height)).quantize(128).save(picture, optimize=True)
+def drawn(page: browser.Page, address: str) -> Iterator[tuple[str, bytes]]:
+    """The pages: name and picture of each."""
+    for name, path in pages().items():
+        page.open(f"{address}/{path}{VIEW}", WIDTH + PANEL, HEIGHTS.get(name, HEIGHT), "gpt2-pipeline")
+        yield name, page.picture(SETTLE_S)
 
 
 def main() -> None:
     """Read the command line."""
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="python -m examples.pictures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    )
+    parser.add_argument("whose", nargs="?", choices=("mlflow", "prefect"), default="mlflow")
+    whose = parser.parse_args().whose
     with stage.refusals("pictures"):
-        browser = shutil.which("chromium")
-        if browser is None:
-            raise stage.Refusal("there is no chromium; install it (Debian: apt install chromium)")
-        wanted = pages()
-        with served() as address:
-            for name, page in wanted.items():
-                take(browser, f"{address}/{page}{VIEW}", HEIGHTS.get(name, HEIGHT), DOCS / f"{name}.png")
+        browser.find()
+        if whose == "mlflow":
+            pages()  # before a server is started
+        server, draw = (served, drawn) if whose == "mlflow" else (prefect_pages.served, prefect_pages.drawn)
+        with server() as address, browser.opened() as page:
+            for name, png in draw(page, address):
+                browser.save(png, DOCS / f"{name}.png", WIDTH)
                 print(f"pictures: docs/{name}.png", flush=True)
 
 

@@ -6,6 +6,8 @@ form is built from the classes of the stages; its help is the comment beside eac
 
 from __future__ import annotations
 
+import json
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +22,8 @@ from pipeline import stage
 FILE = Path("params.yaml")
 DOTTED = r"^[a-z_]+(\.[a-z_0-9]+)+$"  # a key such as train.scratch.num_layers
 CONFIG = pydantic.ConfigDict(extra="forbid", strict=True, json_schema_extra={"patternProperties": {DOTTED: {}}})
+
+CHANGE = "change"  # on the button that opens a section of the form
 
 Flat = dict[str, Any]  # "train.learning_rate" -> 1e-4
 
@@ -36,12 +40,10 @@ def form() -> type[pydantic.BaseModel]:
         stage.load_params()
         text = _round_trip().load(FILE)
         sections = {key: _form_of(stage.params_class(key), key, text[key]) for key in known}
-    fields: dict[str, Any] = {
-        key: (section | None, pydantic.Field(default=None, title=key)) for key, section in sections.items()
-    }
+    fields: dict[str, Any] = {key: (section | None, _section(text, key, section)) for key, section in sections.items()}
     return pydantic.create_model(
         "Overrides",
-        __config__=CONFIG,
+        __config__=CONFIG | {"title": CHANGE},
         __validators__={"nested": pydantic.model_validator(mode="before")(nested)},  # type: ignore[dict-item]
         **fields,
     )
@@ -142,20 +144,66 @@ def _form_of(described: type[pydantic.BaseModel], name: str, text: Any) -> type[
         kind: Any = field.annotation
         if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel):
             kind = _form_of(kind, f"{name}.{key}", text[key])
-            about = None
-        else:
-            kind = Annotated[kind, *field.metadata] if field.metadata else kind
-            about = f"{_comment(text, key)} Now {text[key]}.".strip()
-        fields[key] = (kind | None, pydantic.Field(default=None, title=key, description=about))
-    return pydantic.create_model(name, __config__=CONFIG, **fields)
+            fields[key] = (kind | None, _section(text, f"{name}.{key}", kind))
+            continue
+        kind = Annotated[kind, *field.metadata] if field.metadata else kind
+        about = f"{_comment(text, key)} Now {_shown(text[key])}.".strip()
+        fields[key] = (
+            kind | None,
+            pydantic.Field(default=None, title=f"{name}.{key}", description=about, json_schema_extra=_without_null),
+        )
+    return pydantic.create_model(name, __config__=CONFIG | {"title": CHANGE}, **fields)
+
+
+def _section(text: Any, name: str, section: type[pydantic.BaseModel]) -> Any:
+    """A section is closed on the page until someone opens it: the page shows every alternative as a button."""
+    about = f"{_comment(text, name.rpartition('.')[2])} {', '.join(section.model_fields)}".strip()
+    return pydantic.Field(default=None, title=name, description=about)
+
+
+def _without_null(schema: dict[str, Any]) -> None:
+    """A plain field that may be left empty, where the page would ask for its type, or None, first."""
+    kinds = [kind for kind in schema.get("anyOf", []) if kind != {"type": "null"}]
+    if len(kinds) == 1:
+        del schema["anyOf"]
+        schema.pop("default", None)  # with one, the server takes no null, which is what an emptied field sends
+        schema.update(kinds[0])
+
+
+def _shown(value: Any) -> str:
+    """A value as params.yaml has it."""
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    if value is None or isinstance(value, bool):
+        return str(json.dumps(value))
+    return str(value)
 
 
 def _comment(text: Any, key: str) -> str:
-    """What stands beside a key of params.yaml, and on the lines below it that only go on with that."""
-    token = (text.ca.items.get(key) or [None] * 3)[2]
-    lines = [line.strip().lstrip("#").strip() for line in token.value.splitlines()] if token else []
-    comment = " ".join(line for line in lines if line)
-    return f"{comment[0].upper()}{comment[1:]}." if comment else ""
+    """What params.yaml says of a key: the lines above it, what is beside it, and lines below that go on with that."""
+    lines = FILE.read_text(encoding="utf-8").splitlines()
+    at, column = text.lc.key(key)
+
+    def indent(number: int) -> int:
+        """Of a line that is all comment; -1 of others."""
+        line = lines[number] if 0 <= number < len(lines) else ""
+        return len(line) - len(line.lstrip()) if line.lstrip().startswith("#") else -1
+
+    first, last = at, at + 1
+    while indent(first - 1) == column:
+        first -= 1
+    while indent(last) > column and not isinstance(text[key], dict):  # of a section: they are about its first key
+        last += 1
+    above, beside = (" ".join(line.partition("# ")[2] for line in part) for part in (lines[first:at], lines[at:last]))
+    return " ".join(_sentence(said) for said in (above, beside) if said.strip())
+
+
+def _sentence(said: str) -> str:
+    """With a capital, but not where it begins with a value that a key may have."""
+    said = said.strip().rstrip(".")
+    return (
+        f"{said[0].upper() if re.match('[a-z]+ [a-z(]', said) else said[0]}{said[1:]}{'' if said[-1] == '?' else '.'}"
+    )
 
 
 def _round_trip() -> YAML:

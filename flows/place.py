@@ -26,6 +26,7 @@ from pipeline import owner, recorded, stage, worktree
 from pipeline.stage import Refusal
 
 ROOT = Path(".trials")
+SAVING = ROOT / "save.lock"
 LOCK = Path(".runs/flow.lock")
 SOURCE = Path("data/source")  # files of the user's own, which git does not have
 STORE = Path("mlflow.db")  # of MLflow, where no other is named
@@ -96,9 +97,11 @@ def save(place: Place) -> None:
     """
     assert place.experiment is not None
     command = [sys.executable, "-m", "dvc", "exp", "save", "--force", "--name", place.experiment]
-    done = subprocess.run(
-        command, cwd=place.folder, env=place.environment(), capture_output=True, text=True, check=False
-    )
+    # Two at once would write the same objects of git, and one of them would fail.
+    with worktree.held(SAVING, "keeping an experiment", wait=True):
+        done = subprocess.run(
+            command, cwd=place.folder, env=place.environment(), capture_output=True, text=True, check=False
+        )
     if done.returncode:
         raise Refusal(f"the result cannot be saved as an experiment of DVC: {stage.reason(done.stderr)}")
     place.is_saved = True
