@@ -21,9 +21,10 @@ from pipeline.stage import Refusal
 from pipeline.tracking import PUBLICATION
 
 try:
-    Overrides = overrides.form()
+    # The form on Prefect's page. A run checks by itself what it was asked for: it has words and fixes for what is wrong.
+    Overrides: Any = Annotated[overrides.form(), pydantic.SkipValidation]
 except Refusal:  # every run says it: raised here, it would be a traceback in the log of a worker
-    Overrides = pydantic.BaseModel
+    Overrides = dict[str, Any]
 RETRY_DELAYS_S: list[float] = [5, 30]  # before a stage is tried again, where waiting may help
 CLEAN = "Data and pipelines are up to date."  # what `dvc status` prints then
 
