@@ -21,7 +21,7 @@ from pipeline.stage import Refusal
 from pipeline.tracking import PUBLICATION
 
 try:
-    # The form on Prefect's page. A run checks by itself what it was asked for: it has words and fixes for what is wrong.
+    # The form on Prefect's page. A run itself checks what it was asked for, and has words for what is wrong.
     Overrides: Any = Annotated[overrides.form(), pydantic.SkipValidation]
 except Refusal:  # every run says it: raised here, it would be a traceback in the log of a worker
     Overrides = dict[str, Any]
@@ -44,7 +44,7 @@ def bring(name: str, where: Place, executor: Executor, limit_s: float | None) ->
 
 @flow(name="pipeline", persist_result=False)
 def pipeline(
-    overrides: Overrides | None = None,  # type: ignore[valid-type]
+    overrides: Overrides | None = None,
     when_busy: WhenBusy = "wait",
     stage_limit_minutes: Minutes | None = None,
     attempts_a_day: int = ATTEMPTS_A_DAY,

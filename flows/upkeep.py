@@ -53,7 +53,7 @@ def verify() -> Any:
     return training.refused(lambda: as_own(program("pipeline.verify", return_state=True)))
 
 
-def as_own(state: State[Any]) -> State[Any]:
+def as_own(state: Any) -> State[Any]:
     """What a task or another run came to, as the end of this run: Prefect would only say that one of one failed."""
     return State(type=state.type, name=state.name, message=state.message)
 
