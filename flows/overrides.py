@@ -94,9 +94,16 @@ def nested(asked: Any) -> Any:
 
 
 def flat(overrides: pydantic.BaseModel | Mapping[str, Any]) -> Flat:
-    """Keys with dots of all that is set."""
-    given = overrides.model_dump(exclude_none=True) if isinstance(overrides, pydantic.BaseModel) else nested(overrides)
-    return dict(_leaves(given, ""))
+    """Keys with dots of all that is set.
+
+    Raises:
+        Refusal: a key says twice what to do, or goes through what is no section.
+    """
+    given = overrides.model_dump() if isinstance(overrides, pydantic.BaseModel) else overrides
+    try:
+        return dict(_leaves(nested(_filled_in(given)), ""))
+    except ValueError as problem:
+        raise stage.Refusal(f"overrides: {problem}") from None
 
 
 def applied(overrides: Flat) -> str:
@@ -127,6 +134,15 @@ def applied(overrides: Flat) -> str:
         except stage.Refusal as problem:
             raise stage.Refusal(str(problem).replace(str(file), "params.yaml with the overrides")) from None
         return file.read_text(encoding="utf-8")
+
+
+def _filled_in(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the fields of the form that were left empty; where a key has dots, a person wrote the null."""
+    return {
+        key: _filled_in(value) if isinstance(value, Mapping) else value
+        for key, value in given.items()
+        if value is not None or "." in key
+    }
 
 
 def _leaves(given: Mapping[str, Any], before: str) -> Any:

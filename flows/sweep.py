@@ -24,7 +24,7 @@ from pipeline.stage import Refusal
 
 @flow(name="sweep", persist_result=False)
 def sweep(
-    trials: list[Overrides],  # type: ignore[valid-type]
+    trials: list[Overrides],
     at_once: Annotated[int, pydantic.Field(ge=1)] = 1,
     stage_limit_minutes: Minutes | None = None,
     attempts_a_day: int = ATTEMPTS_A_DAY,

@@ -18,12 +18,13 @@ SECTIONS = ["ingest", "clean", "model", "split", "tokenize", "train", "sample", 
 INGEST = {
     "cmd": "echo reading; cat data/source/* > raw.txt", "deps": ["data/source"], "outs": ["raw.txt"], "params": SECTIONS
 }  # fmt: skip
-# Like training: a child process, a checkpoint when interrupted, its end with the flow; done when there is a file go.
+# Like training: a checkpoint when interrupted, its end with the flow; a child that must be killed. Done at a file `go`.
 LONG = """
 import pathlib, subprocess, sys, time
 from pipeline import owner
 with owner.alone("train"):
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(300)"
+    child = subprocess.Popen([sys.executable, "-c", deaf])
     try:
         print("waiting", flush=True)
         while not pathlib.Path("go").exists():
@@ -103,6 +104,12 @@ class Toy(Served):
     def next_run(self, deployment, known):
         """The run of the deployment that is none of those, as soon as there is one."""
         return wait_for(lambda: [run for run in self.runs(deployment) if run.id not in known], PATIENCE_S)[0]
+
+    def commit(self):
+        """All files, as git knows them."""
+        git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
+        subprocess.run([*git, "add", "--all"], cwd=self.folder, check=True)
+        subprocess.run([*git, "commit", "--quiet", "-m", "one"], cwd=self.folder, check=True)
 
     def wait_for_states(self, run, **expected):
         """Until the tasks of a run have these states: the server learns of them a moment later."""
