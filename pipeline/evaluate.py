@@ -80,7 +80,8 @@ def unigram_losses(tokens: Corpus, train_documents: Ints, sides: Mapping[str, In
     train_counts = token_counts(tokens, train_documents)
     nats = np.log(train_counts.sum() + len(train_counts)) - np.log(train_counts + 1)
     counts = {side: token_counts(tokens, documents) for side, documents in sides.items()}
-    return {side: float(counts[side] @ nats / counts[side].sum()) for side in sides}
+    # counts @ nats would be BLAS, whose last digit depends on the processor's model.
+    return {side: float((counts[side] * nats).sum() / counts[side].sum()) for side in sides}
 
 
 def token_counts(tokens: Corpus, documents: Ints) -> Ints:

@@ -91,6 +91,19 @@ def test_nothing_is_pickled_and_yaml_is_read_as_dvc_reads_it(file):
 # --- nothing unpinned ----------------------------------------------------------------------------------------------
 
 
+def test_only_tensors_are_multiplied_by_blas():
+    """Of arrays of numpy, OpenBLAS has a kernel for every model of processor, and their last digits differ."""
+    of_tensors = {"attention.py", "cross_entropy.py", "prepare.py"}
+    found = {
+        file.name
+        for file in (ROOT / "pipeline").glob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.MatMult)
+        or (isinstance(node, ast.Attribute) and node.attr in {"dot", "vdot", "inner", "matmul", "tensordot", "linalg"})
+    }
+    assert found == of_tensors
+
+
 def test_the_lock_files_pin_every_dependency_inside_its_bounds():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
