@@ -1,18 +1,22 @@
 """What the server does by itself: it notices that a run has crashed, and starts it again.
 
 A run that a worker started sends a heartbeat every HEARTBEAT_S. Where they stop, with the machine, the worker or the
-process of the run, the run has crashed. What crashed is run again by its deployment, with the same parameters, and goes
-on from the last checkpoint. How often within a day is counted by flows/crashed.py.
+process of the run, the run has crashed; where its process alone ends, its worker says so. What crashed is run again by
+its deployment, with the same parameters, and goes on from the last checkpoint. How often within a day is counted by
+flows/crashed.py. Runs of other flows are left alone: a team's server may have many.
 """
 
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
+from prefect import Flow
 from prefect.client.orchestration import get_client
 from prefect.events.actions import ChangeFlowRunState, RunDeployment
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
+from flows import sweep, training, upkeep
 from flows.settings import HEARTBEAT_S
 
 SLACK_S = 20  # how late a heartbeat may be, on a machine that is busy; together, within a minute
@@ -22,10 +26,22 @@ RUN = "prefect.flow-run"
 
 def ours() -> list[AutomationCore]:
     """Both of them."""
+    flows: list[Flow[..., Any]] = [
+        training.pipeline,
+        sweep.sweep,
+        upkeep.retrain_on_new_data,
+        upkeep.promote,
+        upkeep.verify,
+    ]
+    of_a_deployment_of_ours: list[Any] = [
+        {"prefect.resource.role": "deployment"},
+        {"prefect.resource.role": "flow", "prefect.resource.name": [flow.name for flow in flows]},
+    ]
     heartbeats_stopped = EventTrigger(
         after={f"{RUN}.heartbeat"},
         expect={f"{RUN}.heartbeat", *(f"{RUN}.{state}" for state in FINAL)},
         match={"prefect.resource.id": [f"{RUN}.*"]},
+        match_related=of_a_deployment_of_ours,
         for_each={"prefect.resource.id"},
         posture=Posture.Proactive,
         threshold=1,
@@ -33,9 +49,12 @@ def ours() -> list[AutomationCore]:
     )
     has_crashed = EventTrigger(
         expect={f"{RUN}.Crashed"},
-        # One that never ran, because its code cannot be loaded, would crash again at once, for ever.
-        match={"prefect.resource.id": [f"{RUN}.*"], "prefect.run-count": "!0"},
-        match_related={"prefect.resource.role": "deployment"},
+        match={
+            "prefect.resource.id": [f"{RUN}.*"],
+            # One that never ran, because its code cannot be loaded, would crash again at once, for ever.
+            "prefect.run-count": "!0",
+        },
+        match_related=of_a_deployment_of_ours,
         posture=Posture.Reactive,
         threshold=1,
         within=timedelta(0),
@@ -49,6 +68,7 @@ def ours() -> list[AutomationCore]:
             name="a run without heartbeats has crashed",
             description=f"No heartbeat of a run for {HEARTBEAT_S + SLACK_S} s: its machine, worker or process is gone.",
             trigger=heartbeats_stopped,
+            # It is not started again here: the heartbeat of a short run may arrive after its end, and be its last.
             actions=[ChangeFlowRunState.model_validate({"state": "CRASHED", "message": "no heartbeat any more"})],
         ),
         AutomationCore(

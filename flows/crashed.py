@@ -36,6 +36,6 @@ def refuse_too_many(attempts_a_day: int) -> None:
     num_attempts = sum(run.created_by is not None and run.created_by.type == "AUTOMATION" for run in runs)
     if num_attempts > attempts_a_day:
         raise Refusal(
-            f"a run crashed, and was started again {attempts_a_day} times within 24 hours already; find out why (their "
-            "logs tell), then start it by hand: it goes on from its last checkpoint"
+            f"a run crashed, and of {attempts_a_day} attempts within 24 hours none is left; find out why (the logs of "
+            "its runs tell), then start it by hand: it goes on from its last checkpoint"
         )

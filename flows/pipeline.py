@@ -14,6 +14,7 @@ temporary one, with its database under .prefect/.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -74,7 +75,7 @@ def main() -> None:
 
 
 def _run(flow: Flow[..., Any], **parameters: Any) -> None:
-    """Run a flow.
+    """Run a flow; where its server is gone at the end, say so and exit.
 
     Raises:
         Refusal: it did not come to its end.
@@ -82,14 +83,18 @@ def _run(flow: Flow[..., Any], **parameters: Any) -> None:
     import httpx
     from prefect.exceptions import ParameterTypeError
 
+    logging.raiseExceptions = False  # lines that the server did not take: that it is gone is told below
     try:
         outcome: Any = flow(**parameters, return_state=True)
     except ParameterTypeError as problem:
         raise stage.Refusal(str(problem)) from None
     except httpx.HTTPError as problem:
-        raise stage.Refusal(
-            f"the Prefect server is gone, so it does not know how this run ended ({problem}); `dvc status` does"
-        ) from None
+        print(
+            f"flow: the Prefect server is gone, so it does not know how this run ended ({problem}); `dvc status` does",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # Prefect would try for minutes to tell that server what it still has
     if outcome.is_failed() or outcome.is_crashed():
         if isinstance(outcome.data, BaseException):  # a fault of ours
             raise outcome.data

@@ -7,8 +7,8 @@ worker   starts a worker, which runs what is scheduled, in this checkout
 deploy   tells the server of the deployments in prefect.yaml and of the automations that go with them
 stop     ends worker and server
 
-Data, logs and process ids lie in .prefect/. PREFECT_API_URL names another server for worker and deploy. Exit codes: 0
-done, 1 refused.
+Data, logs and process ids lie in .prefect/. PREFECT_API_URL names another server for worker and deploy, PIPELINE_POOL
+another work pool, which must exist, and PIPELINE_CHECKOUT the checkout of its runs. Exit codes: 0 done, 1 refused.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from pipeline.stage import Refusal
 if TYPE_CHECKING:
     import httpx
 
-POOL = "training"
+POOL = os.environ.get("PIPELINE_POOL", "training")  # docs/bigger.md tells of others
+IS_OURS = POOL == "training"
 START_S = 120  # making the database takes 15 s on two cores
 STOP_S = 15
 POLL_S = 0.2
@@ -60,7 +61,7 @@ def server() -> None:
 
 
 def worker() -> None:
-    """Start a worker for the work pool of our deployments; the pool is made where there is none.
+    """Start a worker for the work pool of our deployments; ours is made where there is none.
 
     Raises:
         Refusal: no server answers, or the worker does not start.
@@ -71,7 +72,8 @@ def worker() -> None:
     reach()
     name = Path.cwd().name.replace("%", "-")  # Prefect takes none in the name of a worker
     before = _heartbeat(name)
-    process = _start(WORKER, ["worker", "start", "--pool", POOL, "--type", "process", "--name", name])
+    kind = ["--type", "process"] if IS_OURS else []
+    process = _start(WORKER, ["worker", "start", "--pool", POOL, *kind, "--name", name])
     _wait(WORKER, process, "worker", lambda: _heartbeat(name) != before)
     print(f"a worker waits for runs of the pool {POOL} (`make stop` ends it)")
 
@@ -85,8 +87,8 @@ def deploy() -> None:
     reach()
     overrides.form()  # a part of the deployments; where Prefect meets its faults, it tells them at length
     pool = ["work-pool", "create", POOL, "--type", "process", "--overwrite"]
-    for command in (pool, ["--no-prompt", "deploy", "--all"]):
-        environment = {**os.environ, "CHECKOUT": str(Path.cwd())}
+    environment = {"PIPELINE_CHECKOUT": str(Path.cwd()), **os.environ, "PIPELINE_POOL": POOL}
+    for command in ([pool] if IS_OURS else []) + [["--no-prompt", "deploy", "--all"]]:
         done = subprocess.run(
             [sys.executable, "-m", "prefect", *command], env=environment, capture_output=True, text=True, check=False
         )

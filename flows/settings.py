@@ -31,6 +31,8 @@ def configure() -> None:
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # task logs go to the server; we print the same lines
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # making the database takes 15 s on two cores
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
+        "PREFECT_CLIENT_MAX_RETRIES": "3",  # 14 s, in which a server can be started again; the default of 5 is a minute
+        "PREFECT_INTERNAL_LOGGING_LEVEL": "CRITICAL",  # no line for every event that a dead server missed
         "PREFECT_WORKER_QUERY_SECONDS": "2",  # on this machine asking costs nothing; the default of 10 s is for a cloud
     }
     if (Path(home) / SERVER).exists() and answers():

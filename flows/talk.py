@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -11,6 +12,7 @@ from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import get_client
+from prefect.exceptions import FailedRun
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
@@ -60,6 +62,19 @@ def end_with_worker() -> None:
         os._exit(1)  # stages watch this process, and end with it
 
     threading.Thread(target=look, name="worker", daemon=True).start()
+
+
+def say_once_how_it_failed() -> None:
+    """Keep Prefect from logging a run that failed once more, as an exception with its traceback.
+
+    The state of the run says it already, in a sentence.
+    """
+    for name in ("prefect.flow_runs", "prefect.engine"):
+        logging.getLogger(name).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], FailedRun))
 
 
 def _print(line: str) -> None:

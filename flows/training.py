@@ -64,6 +64,7 @@ def pipeline(
 def refused(work: Callable[[], Any], attempts_a_day: int = ATTEMPTS_A_DAY) -> Any:
     """Work, and what a user can cause and mend becomes a state with one message, without a traceback."""
     talk.end_with_worker()
+    talk.say_once_how_it_failed()
     try:
         crashed.refuse_too_many(attempts_a_day)
         return work()

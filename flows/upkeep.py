@@ -44,7 +44,8 @@ def promote(version: int | None = None, rollback: bool = False) -> Any:
         rollback: give the alias back to the champion before this one.
     """
     arguments = (["--rollback"] if rollback else []) + (["--version", str(version)] if version is not None else [])
-    return training.refused(lambda: as_own(program("pipeline.promote", *arguments, return_state=True)))
+    # Never started again by itself: a second rollback would be one too many.
+    return training.refused(lambda: as_own(program("pipeline.promote", *arguments, return_state=True)), 0)
 
 
 @flow(name="verify", persist_result=False)

@@ -1,13 +1,9 @@
 """The same against every store that MLflow has: a server, PostgreSQL, and a server on PostgreSQL."""
 
-import contextlib
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -18,65 +14,19 @@ from pipeline import agreement, follow, publication, publish, tracking
 from pipeline.champions import Champions
 from pipeline.pedigree import Records
 from tests import result
+from tests.servers import free_port, postgresql, started
 from tests.test_promote import champion, publish_it
 from tests.test_publish import View, complete, publish_twice_at_once
 
 pytestmark = pytest.mark.slow
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
-
-
-def started(command, ready, **options):
-    """A server that is ready once `ready` does not raise; it and its children are killed at the end."""
-    server = subprocess.Popen(command, start_new_session=True, **options)
-
-    @contextlib.contextmanager
-    def running():
-        try:
-            for _ in range(600):
-                assert server.poll() is None, f"{command[0]} did not start"
-                with contextlib.suppress(OSError, subprocess.CalledProcessError):
-                    ready()
-                    break
-                time.sleep(0.2)
-            yield
-        finally:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
-
-    return running()
-
-
 @pytest.fixture(scope="module")
-def postgresql(tmp_path_factory):
-    """The URI of an empty database in a real PostgreSQL, from the system's packages."""
-    places = [str(folder) for folder in Path("/usr/lib/postgresql").glob("*/bin")]
-    programs = os.pathsep.join([os.environ["PATH"], *places])
-    initdb, postgres = shutil.which("initdb", path=programs), shutil.which("postgres", path=programs)
-    if initdb is None or postgres is None:
-        pytest.skip("PostgreSQL is not installed (Debian: apt install postgresql)")
+def database_server(tmp_path_factory):
+    """The URI of an empty database in a real PostgreSQL."""
     folder = tmp_path_factory.mktemp("postgresql")
-    someone = {}
-    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
-        someone = {"user": "nobody", "group": "nogroup", "extra_groups": []}
-        for path in (folder, *folder.parents[:-2]):
-            path.chmod(0o755)
-        shutil.chown(folder, "nobody", "nogroup")
-    data, port = folder / "data", free_port()
-    subprocess.run(
-        [initdb, "--username=pipeline", "--auth=trust", "--encoding=UTF8", "--no-sync", data],
-        check=True, capture_output=True, cwd=folder, **someone,
-    )  # fmt: skip
-    options = ["-h", "127.0.0.1", "-p", str(port), "-k", str(folder), "-c", "fsync=off"]
-
-    def ask():
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-
-    with started([postgres, "-D", str(data), *options], ask, cwd=folder, stderr=subprocess.DEVNULL, **someone):
-        uri = f"postgresql+psycopg://pipeline@127.0.0.1:{port}/postgres"
+    with postgresql(folder, "mlflow") as server:
+        uri = f"postgresql+psycopg://{server}/mlflow"
         # MLflow makes its tables: a minute of migrations, once for all tests.
         script = "import sys, mlflow; mlflow.MlflowClient(sys.argv[1]).search_experiments()"
         subprocess.run([sys.executable, "-c", script, uri], check=True, cwd=folder)
@@ -89,7 +39,7 @@ def store(request, repository, database, tmp_path, monkeypatch):
     folder = tmp_path / "server"
     folder.mkdir()
     if "PostgreSQL" in request.param:
-        uri = request.getfixturevalue("postgresql")
+        uri = request.getfixturevalue("database_server")
     else:
         shutil.copy(database, folder)
         uri = f"sqlite:///{folder}/mlflow.db"

@@ -1,0 +1,97 @@
+"""The real pipeline on a schedule and after a crash: a real server, a real worker, small parameters."""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.served import Served, is_final, served, wait_for
+from tests.test_end_to_end import STAGES, Clone
+
+pytestmark = pytest.mark.slow
+RETRAIN = "pipeline/retrain"
+RESULT = ("models/best/model.safetensors", "models/last/model.safetensors", "reports/train.jsonl")
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    return Clone(tmp_path_factory.mktemp("scheduled") / "a clone ü")
+
+
+@pytest.fixture(scope="module")
+def services(clone: Clone) -> Iterator[Served]:
+    with served(clone.folder, clone.environment) as services:
+        for other in ("retrain-on-new-data/retrain-on-new-data", "verify/verify"):
+            services.ask(lambda client, name=other: client.pause_deployment(client.read_deployment_by_name(name).id))
+        yield services
+
+
+def finished(services: Served) -> list[Any]:
+    return [run for run in services.runs(RETRAIN) if is_final(run.state)]
+
+
+def test_every_minute_the_first_run_trains_the_others_find_nothing_to_do_and_a_pause_is_a_pause(
+    services: Served,
+) -> None:
+    from prefect.client.schemas.schedules import IntervalSchedule
+
+    deployment = services.ask(lambda client: client.read_deployment_by_name(RETRAIN).id)
+    every_minute = [(IntervalSchedule(interval=timedelta(minutes=1)), True)]
+    services.ask(lambda client: client.create_deployment_schedules(deployment, every_minute))
+    # Those that were due while the first one trained have waited for it. Two more are due after that.
+    first, *others = wait_for(
+        lambda: len(runs := finished(services)) > 2 and runs[-2].start_time > runs[0].end_time and runs, 400
+    )
+    assert services.task_states(first.id) == dict.fromkeys(STAGES, "Completed")
+    for run in others:
+        assert run.state_name == "Completed"
+        assert services.task_states(run.id) == dict.fromkeys(STAGES, "Cached")
+        assert run.start_time < first.end_time or run.total_run_time < timedelta(seconds=40)
+
+    services.ask(lambda client: client.pause_deployment(deployment))
+    wait_for(lambda: all(is_final(run.state) for run in begun(services)), 60)
+    num_begun = len(begun(services))
+    time.sleep(75)
+    assert len(begun(services)) == num_begun
+    services.ask(lambda client: client.resume_deployment(deployment))
+    wait_for(lambda: len(begun(services)) > num_begun, 100)
+    services.ask(lambda client: client.pause_deployment(deployment))
+    wait_for(lambda: all(is_final(run.state) for run in begun(services)), 60)
+
+
+def begun(services: Served) -> list[Any]:
+    return [run for run in services.runs(RETRAIN) if run.start_time is not None]
+
+
+def test_a_worker_killed_while_it_trains_is_seen_and_a_new_run_ends_with_the_same_bytes(
+    clone: Clone, services: Served, tmp_path: Path
+) -> None:
+    longer: dict[str, dict[str, object]] = {"train": {"num_epochs": 6, "checkpoint_interval_steps": 20}}
+    undisturbed = Clone(tmp_path / "undisturbed")
+    for one in (clone, undisturbed):
+        one.change(longer)
+    undisturbed.run("python", "-m", "dvc", "repro", "train")
+
+    num_runs = len(services.runs(RETRAIN))
+    killed = services.run(RETRAIN)
+    wait_for(lambda: list(clone.folder.glob(".runs/*/checkpoint-*")), 120)
+    services.kill("worker")
+    begun_s = time.monotonic()
+    services.start("worker")
+    crashed = services.ended(killed, 60)
+    assert crashed.name == "Crashed", crashed
+    wait_for(lambda: "train: going on after step" in services.log("worker"), 90 - (time.monotonic() - begun_s))
+    *_, again = services.runs(RETRAIN)
+    assert len(services.runs(RETRAIN)) == num_runs + 2
+    assert services.ended(again.id).name == "Completed"
+    assert services.task_states(again.id)["train"] == "Completed"
+    for file in RESULT:
+        assert digest(clone.folder / file) == digest(undisturbed.folder / file), file
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
