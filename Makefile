@@ -31,7 +31,7 @@ setup-dev: .venv/dev          ## the same, with the test tools
 	touch $@
 
 .venv/dev: requirements.lock requirements-dev.lock pyproject.toml | .venv/runtime
-	python -m pip install --quiet --constraint requirements.lock --constraint requirements-dev.lock '.[dev,pretrained,postgresql,s3]'
+	python -m pip install --quiet --constraint requirements.lock --constraint requirements-dev.lock '.[dev,pretrained,postgresql,s3,docker]'
 	touch $@
 
 repro: setup                  ## run what is stale of the whole pipeline, then print what came out
@@ -100,7 +100,7 @@ lock:                         ## install the newest allowed versions in a fresh 
 	.venv-lock/bin/python -m pip install --quiet .
 	{ echo '# The exact set that a fresh machine installs, as a pip constraints file. Made by `make lock`.'; \
 	  .venv-lock/bin/python -m pip freeze --exclude gpt2-pipeline | sed 's/+cpu$$//'; } > requirements.lock
-	.venv-lock/bin/python -m pip install --quiet --constraint requirements.lock '.[dev,bench,pretrained,postgresql,s3]'
+	.venv-lock/bin/python -m pip install --quiet --constraint requirements.lock '.[dev,bench,pretrained,postgresql,s3,docker]'
 	{ echo '# What the test tools and the optional extras add to requirements.lock. Made by `make lock`.'; \
 	  .venv-lock/bin/python -m pip freeze --exclude gpt2-pipeline | sed 's/+cpu$$//' | grep -vxFf requirements.lock; } > requirements-dev.lock
 	rm -rf .venv-lock

@@ -1,8 +1,11 @@
-"""Bigger than one machine, on one: PostgreSQL, S3 and MLflow servers, another work pool, and a second, empty clone."""
+"""Bigger than one machine, on one: PostgreSQL, S3 and MLflow servers, containers, and a second, empty clone."""
 
 import contextlib
 import copy
+import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import urllib.request
@@ -10,114 +13,140 @@ from pathlib import Path
 
 import pytest
 
+from tests import containers
 from tests.served import Served
 from tests.servers import free_port, postgresql, started
 from tests.test_end_to_end import STAGES, Clone
+from tests.tiny import ROOT
 
 pytestmark = pytest.mark.slow
 
 RETRAIN = "pipeline/retrain"
-# A worker of another type, as a package would bring one. It starts processes, too: nothing else can be started here.
-ELSEWHERE = """
-from prefect.workers.process import ProcessWorker
+IMAGE = "gpt2-pipeline:1"
+SECRETS = {"AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "secret"}
+PAGE = re.sub(r"[\\\s]+", " ", (ROOT / "docs/bigger.md").read_text(encoding="utf-8"))
 
-class ElsewhereWorker(ProcessWorker):
-    type = "elsewhere"
-"""
+
+def documented(command, **filled_in):
+    """A command of docs/bigger.md, with what its reader fills in."""
+    assert command in PAGE, f"docs/bigger.md does not say: {command}"
+    for word, value in filled_in.items():
+        command = command.replace(word, value)
+    return shlex.split(command)
 
 
 @contextlib.contextmanager
 def team(folder):
-    """The servers that a team shares: what each of its machines has to know, and the database of a Prefect server."""
+    """The servers that a team shares: what each of its machines has to know, and the PostgreSQL behind them."""
     s3, mlflow = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
-    addresses = {
-        "MLFLOW_TRACKING_URI": mlflow,
-        "AWS_ENDPOINT_URL": s3,
-        "AWS_ACCESS_KEY_ID": "someone",
-        "AWS_SECRET_ACCESS_KEY": "any",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
+    addresses = {"MLFLOW_TRACKING_URI": mlflow, "AWS_ENDPOINT_URL": s3, "AWS_DEFAULT_REGION": "us-east-1"}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    more = {"cwd": folder, "env": os.environ | addresses | {"PATH": path}, "stderr": subprocess.DEVNULL}
+    environment = os.environ | addresses | SECRETS | {"PATH": path}
 
-    def server(url, health, *command):
-        port = ["--host", "127.0.0.1", "--port", url.rpartition(":")[2]]
-        return started(
-            [sys.executable, "-m", *command, *port],
-            lambda: urllib.request.urlopen(f"{url}/{health}", timeout=5).close(),
-            **more,
-        )
+    def server(command, url, health):
+        quiet = {"cwd": folder, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return started(command, lambda: urllib.request.urlopen(f"{url}/{health}", timeout=5).close(), **quiet)
 
+    mlflow_server = (
+        "mlflow server --backend-store-uri postgresql+psycopg://USER:PASSWORD@DBHOST/mlflow"
+        " --artifacts-destination s3://BUCKET/mlflow --workers 1 --host 127.0.0.1 --port 5000"
+    )
     with contextlib.ExitStack() as stack:
         database = stack.enter_context(postgresql(folder, "prefect", "mlflow"))
-        stack.enter_context(server(s3, "moto-api/", "moto.server"))
-        script = "import boto3; boto3.client('s3').create_bucket(Bucket='team')"
-        subprocess.run([sys.executable, "-c", script], check=True, **more)
-        stores = ["--backend-store-uri", f"postgresql+psycopg://{database}/mlflow"]
-        stores += ["--artifacts-destination", "s3://team/mlflow", "--workers", "1"]
-        stack.enter_context(server(mlflow, "health", "mlflow", "server", *stores))
-        yield addresses, f"postgresql+asyncpg://{database}/prefect"
+        stack.enter_context(server(["moto_server", "--port", s3.rpartition(":")[2]], s3, "moto-api/"))
+        urllib.request.urlopen(urllib.request.Request(f"{s3}/team", method="PUT")).close()
+        filled_in = {"USER:PASSWORD@DBHOST": database, "BUCKET": "team", "5000": mlflow.rpartition(":")[2]}
+        stack.enter_context(server(documented(mlflow_server, **filled_in), mlflow, "health"))
+        yield addresses, database
 
 
-def plugin(folder):
-    """A folder for PYTHONPATH with an installed package that brings a type of worker."""
-    about = folder / "elsewhere-1.dist-info"
-    about.mkdir(parents=True)
-    (folder / "elsewhere.py").write_text(ELSEWHERE)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1\n")
-    (about / "entry_points.txt").write_text("[prefect.collections]\nelsewhere = elsewhere\n")
-    return str(folder)
+def objects(s3):
+    """What lies in the bucket."""
+    with urllib.request.urlopen(f"{s3}/team?list-type=2") as answer:
+        return re.findall(r"<Key>(.*?)</Key>", answer.read().decode())
 
 
-def digests(clone):
+def contents(clone):
     """Every file of every output, and its bytes."""
     folders = [clone.folder / name for name in ("data", "models", "reports")]
     files = sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())
     return {str(file.relative_to(clone.folder)): file.read_bytes() for file in files}
 
 
-def test_a_second_empty_clone_with_nothing_but_addresses_has_everything(tmp_path_factory):
+def make_pool(clone, name, kind, **defaults):
+    """A work pool whose runs have these settings."""
+    template = clone.folder.parent / f"{name}.json"
+    known = "prefect work-pool get-default-base-job-template --type docker --file pool.json"
+    create = "prefect work-pool create containers --type docker --base-job-template pool.json"
+    filled_in = {"docker": kind, "containers": name, "pool.json": str(template)}
+    clone.run(*documented(known, **filled_in))
+    content = json.loads(template.read_text())
+    for variable, value in defaults.items():
+        content["variables"]["properties"][variable]["default"] = value
+    template.write_text(json.dumps(content))
+    clone.run(*documented(create, **filled_in))
+
+
+def test_what_a_container_trained_is_whole_in_a_second_empty_clone_with_nothing_but_addresses(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bigger")
     (folder / "shared").mkdir()
-    with team(folder / "shared") as (addresses, database):
+    with team(folder / "shared") as (addresses, database), containers.daemon(folder / "containers") as docker:
         first = Clone(folder / "first")
-        first.environment |= addresses
-        first.run("dvc", "remote", "add", "--default", "team", "s3://team/dvc")
+        first.environment |= addresses | SECRETS
+        for key, value in (("user.name", "test"), ("user.email", "test@localhost")):
+            first.run("git", "config", key, value)
         services = Served(first.folder, first.environment)
-        services.environment |= {"PYTHONPATH": plugin(folder / "plugin"), "PIPELINE_POOL": "cluster"}
-        there = {"PREFECT_API_URL": services.url}
-
-        def pool(name, kind):
-            command = [sys.executable, "-m", "prefect", "work-pool", "create", name, "--type", kind]
-            subprocess.run(command, env=services.environment | there, check=True, capture_output=True)
-
+        on_postgresql = documented(
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL=postgresql+asyncpg://USER:PASSWORD@DBHOST/prefect make server",
+            **{"USER:PASSWORD@DBHOST": database},
+        )[0]
+        # Another person's machine: it has what the page says, and nothing of this one.
         second = copy.copy(first)
-        second.folder, second.environment = folder / "second", first.environment | there
-        others = Served(second.folder, services.environment)
+        second.folder = folder / "second"
+        there = {"PREFECT_API_URL": services.url, "HOME": str(folder), "PATH": first.environment["PATH"]}
+        second.environment = addresses | SECRETS | there
+        others = Served(second.folder, second.environment)
         others.environment |= there
+        first.environment["PREFECT_API_URL"] = services.url
         try:
-            services.environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database
-            services.start("server")
-            pool("cluster", "elsewhere")
+            server = copy.copy(services)
+            server.environment = services.environment | dict([on_postgresql.split("=", 1)])
+            server.start("server")
+            assert not (first.folder / ".prefect" / "prefect.db").exists()
+            first.run(*documented("dvc remote add --default team s3://BUCKET/dvc", BUCKET="team"))
+            first.run(*documented('git commit -m "A place for data" .dvc/config'))
+
+            volumes = [f"{first.folder}:{first.folder}"]
+            env = {"MLFLOW_TRACKING_URI": addresses["MLFLOW_TRACKING_URI"]}
+            make_pool(first, "containers", "docker", image=IMAGE, volumes=volumes, env=env)
+            services.environment |= {"PIPELINE_POOL": "containers", "DOCKER_HOST": docker.address}
             services.start("deploy", "worker")
             trained = services.run(RETRAIN)
-            assert services.ended(trained, 300).name == "Completed"
+            assert services.ended(trained, 300).name == "Completed", services.log("worker")
             assert services.task_states(trained) == dict.fromkeys(STAGES, "Completed")
+            (container,) = docker.created
+            assert container["Image"] == IMAGE
+            assert "PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30" in container["Env"]
+            assert [variable for variable in container["Env"] if re.search("AWS|secret|postgresql", variable)] == []
             services.kill("worker")
-            first.run("git", "add", "--all")
-            first.run("git", "-c", "user.name=a", "-c", "user.email=a@localhost", "commit", "--quiet", "-m", "trained")
-            first.run("dvc", "push")
+
+            first.run(*documented("git add dvc.lock params.yaml"))
+            first.run("git", "commit", "--quiet", "-m", "trained")
+            first.run(*documented("dvc push"))
             published = first.mlflow_runs()
+            assert {key.split("/")[0] for key in objects(addresses["AWS_ENDPOINT_URL"])} == {"dvc", "mlflow"}
 
             first.run("git", "clone", "--quiet", str(first.folder), str(second.folder))
-            second.run("dvc", "pull")
-            assert digests(second) == digests(first)
+            second.run(*documented("dvc pull"))
+            assert contents(second) == contents(first)
             assert second.repro() == []
-            others.start("deploy", "worker")
+            others.start("deploy", "worker")  # a process here, where the other was a container there
             run = services.run(RETRAIN)
             assert services.ended(run).name == "Completed"
             assert services.task_states(run) == dict.fromkeys(STAGES, "Cached")
+            assert len(docker.created) == 1
             assert second.run("git", "status", "--porcelain") == ""
+            assert "up to date" in second.run("dvc", "status")
             assert second.mlflow_runs() == published and len(published) == 1
             second.run("python", "-m", "pipeline.verify")
             said = second.run("python", "-m", "pipeline.audit", str(trained))
@@ -125,14 +154,14 @@ def test_a_second_empty_clone_with_nothing_but_addresses_has_everything(tmp_path
             for word in (f"commit    {commit}", f"flow run  {trained}", "@champion", "dvc.lock  of"):
                 assert word in said, said
 
-            # What this machine cannot start, a server can still be told of.
-            for kind in ("docker", "kubernetes"):
-                pool(kind, kind)
-                others.environment |= {"PIPELINE_POOL": kind, "PIPELINE_CHECKOUT": "/checkout"}
-                others.start("deploy")
-                deployment = services.ask(lambda client: client.read_deployment_by_name(RETRAIN))
-                assert deployment.work_pool_name == kind
-                assert deployment.job_variables["env"]["PYTHONPATH"] == "/checkout"
-                assert "/checkout" in str(deployment.pull_steps)
+            # What nothing here can start, a server can still be told of.
+            make_pool(second, "cluster", "kubernetes", image=IMAGE)
+            others.environment |= {"PIPELINE_POOL": "cluster", "PIPELINE_CHECKOUT": "/checkout"}
+            others.start("deploy")
+            deployment = services.ask(lambda client: client.read_deployment_by_name(RETRAIN))
+            assert deployment.work_pool_name == "cluster"
+            assert deployment.job_variables["env"]["PYTHONPATH"] == "/checkout"
+            assert "/checkout" in str(deployment.pull_steps)
         finally:
-            assert others.service("stop").returncode == services.service("stop").returncode == 0
+            for one in (others, services):
+                assert not one.folder.exists() or one.service("stop").returncode == 0
