@@ -16,7 +16,7 @@ from prefect.client.orchestration import get_client
 from prefect.events.actions import ChangeFlowRunState, RunDeployment
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
-from flows import sweep, training, upkeep
+from flows import crashed, sweep, training, upkeep
 from flows.settings import HEARTBEAT_S
 
 SLACK_S = 20  # how late a heartbeat may be, on a machine that is busy; together, within a minute
@@ -72,7 +72,7 @@ def ours() -> list[AutomationCore]:
             actions=[ChangeFlowRunState.model_validate({"state": "CRASHED", "message": "no heartbeat any more"})],
         ),
         AutomationCore(
-            name="a run that crashed is started again",
+            name=crashed.STARTED_BY,
             description="It goes on from its last checkpoint; `attempts_a_day` of the run says how often.",
             trigger=has_crashed,
             actions=[RunDeployment.model_validate({"source": "inferred", "parameters": same_parameters})],

@@ -7,35 +7,44 @@ from uuid import UUID
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas import filters
+from prefect.client.schemas.objects import FlowRun
 from prefect.runtime import deployment, flow_run
 from prefect.types import DateTime
 
 from pipeline.stage import Refusal
 
+STARTED_BY = "a run that crashed is started again"  # the automation
 
-def refuse_too_many(attempts_a_day: int) -> None:
-    """Refuse to go on for a run that crashed, where as many attempts as allowed did so within a day.
+
+def is_again(attempts_a_day: int) -> bool:
+    """Whether this run goes on for one that crashed.
 
     Raises:
-        Refusal: there were too many.
+        Refusal: as many attempts as allowed did so within a day.
     """
     if deployment.id is None:
-        return
+        return False
     with get_client(sync_client=True) as client:
-        created_by = client.read_flow_run(UUID(flow_run.id)).created_by
-        if created_by is None or created_by.type != "AUTOMATION":
-            return
+        if not _is_by_ours(client.read_flow_run(UUID(flow_run.id))):
+            return False
+        now = DateTime.now(UTC)
         runs = client.read_flow_runs(
             flow_run_filter=filters.FlowRunFilter(
                 deployment_id=filters.FlowRunFilterDeploymentId(any_=[UUID(deployment.id)]),
                 expected_start_time=filters.FlowRunFilterExpectedStartTime(
-                    after_=DateTime.now(UTC) - timedelta(days=1)
+                    after_=now - timedelta(days=1), before_=now + timedelta(minutes=1)
                 ),
             )
         )
-    num_attempts = sum(run.created_by is not None and run.created_by.type == "AUTOMATION" for run in runs)
+    num_attempts = sum(map(_is_by_ours, runs))
     if num_attempts > attempts_a_day:
         raise Refusal(
             f"a run crashed, and of {attempts_a_day} attempts within 24 hours none is left; find out why (the logs of "
             "its runs tell), then start it by hand: it goes on from its last checkpoint"
         )
+    return True
+
+
+def _is_by_ours(run: FlowRun) -> bool:
+    by = run.created_by
+    return by is not None and by.type == "AUTOMATION" and by.display_value == STARTED_BY

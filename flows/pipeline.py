@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import signal
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -59,7 +60,7 @@ def main() -> None:
 
         overrides.form()  # params.yaml is right
         asked = overrides.parsed(arguments.overrides)
-        trials = [asked | overrides.parsed(trial.split()) for trial in arguments.trials]
+        trials = [asked | overrides.parsed(shlex.split(trial)) for trial in arguments.trials]
         for one in trials or [asked]:
             overrides.applied(one) if one else check.refuse_obstacles()
         _reach_server()

@@ -21,13 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from flows import overrides
+from flows import overrides, talk
 from pipeline import owner, recorded, stage, worktree
 from pipeline.stage import Refusal
 
 ROOT = Path(".trials")
 SAVING = ROOT / "save.lock"
-LOCK = Path(".runs/flow.lock")
+LOCK, CHECKOUT = Path(".runs/flow.lock"), "this checkout"
 SOURCE = Path("data/source")  # files of the user's own, which git does not have
 STORE = Path("mlflow.db")  # of MLflow, where no other is named
 
@@ -58,8 +58,17 @@ def checkout(when_busy: WhenBusy) -> Iterator[Place]:
     Raises:
         Refusal: another run works there, and this one was not to wait.
     """
-    with worktree.held(LOCK, "this checkout", wait=when_busy == "wait"):
+    with worktree.held(LOCK, CHECKOUT, wait=when_busy == "wait", tell=talk.say):
         yield Place(Path.cwd())
+
+
+def is_busy() -> bool:
+    """Whether a run works in the checkout."""
+    try:
+        with worktree.held(LOCK, CHECKOUT):
+            return False
+    except Refusal:
+        return True
 
 
 @contextlib.contextmanager
@@ -75,17 +84,19 @@ def beside(asked: overrides.Flat, when_busy: WhenBusy) -> Iterator[Place]:
     name = f"trial-{hashlib.sha256((commit + text).encode()).hexdigest()[:8]}"
     folder = (ROOT / name).absolute()
     ROOT.mkdir(exist_ok=True)
-    with worktree.held(folder.with_suffix(".lock"), str(ROOT / name), wait=when_busy == "wait"):
-        if not (folder / ".git").exists():
-            if folder.exists():  # git was killed while it made it
-                shutil.rmtree(folder)
-            worktree.git("worktree", "add", "--quiet", "--detach", "--force", "--force", str(folder), commit)
+    with worktree.held(folder.with_suffix(".lock"), str(ROOT / name), wait=when_busy == "wait", tell=talk.say):
+        aside = folder.with_suffix(".aside")  # while it is not whole; left there by one that was killed
+        shutil.rmtree(aside, ignore_errors=True)
+        if not folder.exists():
+            worktree.git("worktree", "add", "--quiet", "--detach", "--force", "--force", str(aside), commit)
+            worktree.git("worktree", "move", str(aside), str(folder))
         _furnish(folder, text)
         site = str(folder / ".dvc" / "tmp" / "site")
         here = Place(folder, name, {"DVC_SITE_CACHE_DIR": site, "DVC_EXP_NAME": name})
         yield here
         if here.is_saved:
-            shutil.rmtree(folder)
+            folder.rename(aside)
+            shutil.rmtree(aside)
             worktree.git("worktree", "prune")
 
 
@@ -100,11 +111,19 @@ def save(place: Place) -> None:
     # Two at once would write the same objects of git, and one of them would fail.
     with worktree.held(SAVING, "keeping an experiment", wait=True):
         done = subprocess.run(
-            command, cwd=place.folder, env=place.environment(), capture_output=True, text=True, check=False
+            command, cwd=place.folder, env=_author() | place.environment(), capture_output=True, text=True, check=False
         )
     if done.returncode:
         raise Refusal(f"the result cannot be saved as an experiment of DVC: {stage.reason(done.stderr)}")
     place.is_saved = True
+
+
+def _author() -> dict[str, str]:
+    """Who an experiment is by, which is a commit, where git was never told: else it could not be kept."""
+    if all(worktree.git("config", "--get", "--default", "", f"user.{key}").strip() for key in ("name", "email")):
+        return {}
+    someone = {"NAME": "gpt2-pipeline", "EMAIL": "gpt2-pipeline@localhost"}
+    return {f"GIT_{role}_{key}": value for role in ("AUTHOR", "COMMITTER") for key, value in someone.items()}
 
 
 def _commit() -> str:

@@ -14,18 +14,20 @@ another work pool, which must exist, and PIPELINE_CHECKOUT the checkout of its r
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from flows import overrides, settings
-from pipeline import stage
+from pipeline import stage, worktree
 from pipeline.stage import Refusal
 
 if TYPE_CHECKING:
@@ -45,18 +47,19 @@ def server() -> None:
     Raises:
         Refusal: the port or the database is in use, or the server does not start.
     """
-    if running(settings.SERVER):
-        print(f"the server runs already: {pages()}")
-        return
-    if settings.answers():
-        raise Refusal(
-            f"port {settings.PORT} of {settings.HOST} is in use by another program; end it, or name a server that runs "
-            "elsewhere with PREFECT_API_URL"
-        )
-    settings.refuse_locked_database()
-    os.environ.pop("PREFECT_API_URL", None)
-    process = _start(settings.SERVER, ["server", "start", "--host", settings.HOST, "--port", str(settings.PORT)])
-    _wait(settings.SERVER, process, "Prefect server", healthy)
+    with _one_start_at_a_time():
+        if settings.running(settings.SERVER):
+            print(f"the server runs already: {pages()}")
+            return
+        if settings.answers():
+            raise Refusal(
+                f"port {settings.PORT} of {settings.HOST} is in use by another program; end it, or name a server that "
+                "runs elsewhere with PREFECT_API_URL"
+            )
+        settings.refuse_locked_database()
+        os.environ.pop("PREFECT_API_URL", None)
+        process = _start(settings.SERVER, ["server", "start", "--host", settings.HOST, "--port", str(settings.PORT)])
+        _wait(settings.SERVER, process, "Prefect server", healthy)
     print(f"Prefect's pages: {pages()} (`make stop` ends the server)")
 
 
@@ -66,15 +69,18 @@ def worker() -> None:
     Raises:
         Refusal: no server answers, or the worker does not start.
     """
-    if running(WORKER):
-        print("the worker runs already")
-        return
     reach()
-    name = Path.cwd().name.replace("%", "-")  # Prefect takes none in the name of a worker
-    before = _heartbeat(name)
+    name = f"{socket.gethostname()} {Path.cwd().name}".replace("%", "-")  # Prefect takes none in the name of a worker
     kind = ["--type", "process"] if IS_OURS else []
-    process = _start(WORKER, ["worker", "start", "--pool", POOL, *kind, "--name", name])
-    _wait(WORKER, process, "worker", lambda: _heartbeat(name) != before)
+    # A worker gives up after twelve calls that reach no server, and its runs end with it: so it tries each for longer.
+    patience = {"PREFECT_CLIENT_MAX_RETRIES": "6"}
+    with _one_start_at_a_time():
+        if settings.running(WORKER):
+            print("the worker runs already")
+            return
+        before = _heartbeat(name)
+        process = _start(WORKER, ["worker", "start", "--pool", POOL, *kind, "--name", name], **patience)
+        _wait(WORKER, process, "worker", lambda: _heartbeat(name) != before)
     print(f"a worker waits for runs of the pool {POOL} (`make stop` ends it)")
 
 
@@ -112,8 +118,9 @@ def reach() -> None:
     Raises:
         Refusal: none answers.
     """
+    is_named = "PREFECT_API_URL" in os.environ or settings.running(settings.SERVER)  # not one of another checkout
     os.environ.setdefault("PREFECT_API_URL", settings.API)
-    if not healthy():
+    if not is_named or not healthy():
         raise Refusal(f"no Prefect server answers at {os.environ['PREFECT_API_URL']}: start one with `make server`")
 
 
@@ -147,20 +154,9 @@ def pages() -> str:
     return os.environ.get("PREFECT_API_URL", settings.API).removesuffix("/").removesuffix("/api")
 
 
-def running(name: str) -> psutil.Process | None:
-    """The process that this file of ours names, if it is still the one that we started."""
-    try:
-        pid, started_s = (home() / name).read_text(encoding="utf-8").split()
-        process = psutil.Process(int(pid))
-        # A process id may have gone to another program; its start time has not.
-        return process if f"{process.create_time():.2f}" == started_s and process.status() != "zombie" else None
-    except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
-        return None
-
-
 def stop_one(name: str) -> bool:
     """End a service with all that it started; whether it ran."""
-    process = running(name)
+    process = settings.running(name)
     if process is not None:
         family = [process, *process.children(recursive=True)]
         process.terminate()
@@ -171,33 +167,35 @@ def stop_one(name: str) -> bool:
             except psutil.NoSuchProcess:
                 continue
         psutil.wait_procs(family, STOP_S)
-    (home() / name).unlink(missing_ok=True)
+    (settings.home() / name).unlink(missing_ok=True)
     return process is not None
-
-
-def home() -> Path:
-    """The folder with all that Prefect keeps here."""
-    return Path(os.environ["PREFECT_HOME"])
 
 
 def log_of(name: str) -> Path:
     """Where a service writes."""
-    return (home() / name).with_suffix(".log")
+    return (settings.home() / name).with_suffix(".log")
 
 
-def _start(name: str, command: list[str]) -> subprocess.Popen[bytes]:
-    home().mkdir(parents=True, exist_ok=True)
-    # Two starts at once would both find nothing running; the later one of their servers finds the port in use.
+@contextlib.contextmanager
+def _one_start_at_a_time() -> Iterator[None]:
+    """Else two would both find nothing running, and the file of the first name the second."""
+    settings.home().mkdir(parents=True, exist_ok=True)
+    with worktree.held(settings.home() / "start.lock", "starting a service", wait=True):
+        yield
+
+
+def _start(name: str, command: list[str], **more: str) -> subprocess.Popen[bytes]:
     with log_of(name).open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "prefect", *command],
+            env=os.environ | more,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,  # Ctrl-C and the end of the terminal are not meant for it
         )
     started_s = psutil.Process(process.pid).create_time()
-    (home() / name).write_text(f"{process.pid} {started_s:.2f}\n", encoding="utf-8")
+    (settings.home() / name).write_text(f"{process.pid} {started_s:.2f}\n", encoding="utf-8")
     return process
 
 
@@ -208,11 +206,12 @@ def _wait(name: str, process: subprocess.Popen[bytes], what: str, is_there: Call
         Refusal: it ended, or is not there in time.
     """
     deadline_s = time.monotonic() + START_S
-    while not is_there():
-        if process.poll() is not None or time.monotonic() > deadline_s:
-            stop_one(name)
-            raise Refusal(f"the {what} did not start; why is in {log_of(name)}")
+    while process.poll() is None and time.monotonic() < deadline_s:
+        if is_there():
+            return
         time.sleep(POLL_S)
+    stop_one(name)
+    raise Refusal(f"the {what} did not start; why is in {log_of(name)}")
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ import sqlite3
 from pathlib import Path
 from urllib.parse import quote
 
+import psutil
+
 from pipeline.stage import Refusal
 
 HOST, PORT = "127.0.0.1", int(os.environ.get("PREFECT_SERVER_API_PORT", "4200"))
@@ -28,6 +30,8 @@ def configure() -> None:
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///file:{quote(home)}/prefect.db?uri=true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
+        # Else any page that is open in a browser could tell the server what to run.
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://{HOST}:{PORT},http://localhost:{PORT}",
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # task logs go to the server; we print the same lines
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # making the database takes 15 s on two cores
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
@@ -35,10 +39,26 @@ def configure() -> None:
         "PREFECT_INTERNAL_LOGGING_LEVEL": "CRITICAL",  # no line for every event that a dead server missed
         "PREFECT_WORKER_QUERY_SECONDS": "2",  # on this machine asking costs nothing; the default of 10 s is for a cloud
     }
-    if (Path(home) / SERVER).exists() and answers():
+    if running(SERVER) and answers():
         defaults["PREFECT_API_URL"] = API
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def home() -> Path:
+    """The folder with all that Prefect keeps here."""
+    return Path(os.environ["PREFECT_HOME"])
+
+
+def running(name: str) -> psutil.Process | None:
+    """The process that this file of ours names, if it is still the one that we started."""
+    try:
+        pid, started_s = (home() / name).read_text(encoding="utf-8").split()
+        process = psutil.Process(int(pid))
+        # A process id may have gone to another program; its start time has not.
+        return process if f"{process.create_time():.2f}" == started_s and process.status() != "zombie" else None
+    except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
+        return None
 
 
 def answers() -> bool:

@@ -48,11 +48,13 @@ class Bar:
     def show(self, line: str) -> None:
         """Note how far this line says that training is; at most every few seconds."""
         match = DONE.match(line)
-        if match is None or time.monotonic() < self._next_s:
+        if match is None:
+            return
+        done, of = map(float, match.groups())
+        if done < of and time.monotonic() < self._next_s:
             return
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-        done, of = map(float, match.groups())
         percent = 100 * done / of
         self._next_s = time.monotonic() + SECONDS_WITHOUT_SERVER
         with talk.only_showing():
@@ -96,4 +98,4 @@ def bring_up_to_date(name: str, place: Place, executor: Executor, limit_s: float
 
 def is_passing(_task: object, _run: object, state: State[Any]) -> bool:
     """Whether another try may go better: Prefect asks this before it retries a stage that failed."""
-    return bool(PASSING.search(state.message or ""))
+    return state.name == "Failed" and bool(PASSING.search(state.message or ""))

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Annotated, Any
 
+import httpx
 import pydantic
 from prefect import State, flow
 from prefect.artifacts import create_table_artifact
@@ -37,7 +38,7 @@ def sweep(
         stage_limit_minutes: a stage that takes longer is ended, with its checkpoint kept.
         attempts_a_day: how often a sweep that crashed is started again within 24 hours.
     """
-    return training.refused(lambda: _sweep(trials, at_once, stage_limit_minutes), attempts_a_day)
+    return training.refused(lambda _: _sweep(trials, at_once, stage_limit_minutes), attempts_a_day)
 
 
 def _sweep(trials: Sequence[Any], at_once: int, limit_minutes: float | None) -> Any:
@@ -64,19 +65,26 @@ def _sweep(trials: Sequence[Any], at_once: int, limit_minutes: float | None) -> 
 def _run_all(dag: Dag, asked: Sequence[Flat], at_once: int, limit_minutes: float | None) -> list[State[Any]]:
     """Run all trials, each as a flow run with a page of its own; one that fails stops no other."""
     locks, executors = shared(dag, asked), [Executor() for _ in asked]
+    ended: dict[int, State[Any]] = {}
 
     def run(number: int) -> State[Any]:
-        @flow(name="pipeline", flow_run_name=f"trial {number + 1}: {described(asked[number])}", persist_result=False)
+        name = f"trial {number + 1}: {described(asked[number])}"
+
+        @flow(name="pipeline", flow_run_name=lambda: name, persist_result=False)
         def trial(overrides: Flat) -> Any:
-            def work() -> Any:
+            def work(_: object) -> Any:
                 with place.beside(overrides, "wait") as where:
                     return training.work(
                         dag, where, executors[number], limit_minutes, overrides, locks[number].__getitem__
                     )
 
-            return training.refused(work)
+            ended[number] = training.refused(work)
+            return ended[number]
 
-        state: State[Any] = trial(asked[number], return_state=True)  # type: ignore[assignment]
+        try:
+            state: State[Any] = trial(asked[number], return_state=True)  # type: ignore[assignment]
+        except httpx.HTTPError:  # of its end, which is known here
+            return ended.get(number, Failed(message="the Prefect server was gone before it could begin"))
         return state
 
     with ThreadPoolExecutor(at_once) as pool:
@@ -85,8 +93,8 @@ def _run_all(dag: Dag, asked: Sequence[Flat], at_once: int, limit_minutes: float
             return [run.result() for run in runs]
         except BaseException:  # Ctrl-C, SIGTERM, cancelled
             pool.shutdown(wait=False, cancel_futures=True)
-            for executor in executors:
-                executor.stop()
+            with ThreadPoolExecutor(len(executors)) as stops:  # each may take the time that a user waits for all
+                list(stops.map(Executor.stop, executors))
             raise
 
 
@@ -120,20 +128,20 @@ def shared(dag: Dag, asked: Sequence[Flat]) -> list[dict[str, threading.Lock]]:
 
 def ranked(asked: Sequence[Flat], states: Sequence[State[Any]]) -> list[dict[str, Any]]:
     """A row a trial: those that came to a result by their validation loss, then the others."""
-    rows = []
+    found: list[tuple[float, dict[str, Any]]] = []
     for trial, state in zip(asked, states, strict=True):
         row: dict[str, Any] = {"rank": "", "parameters": described(trial), "validation loss": ""}
         row |= {"95 % interval": "", "verdict": "", "experiment": "", "state": state.name}
-        result = state.result() if state.is_completed() else None
+        loss, result = float("inf"), state.result() if state.is_completed() else None
         if isinstance(result, Mapping) and result:
-            low, high = result["validation"]["loss_ci95"]
+            loss, (low, high) = result["validation"]["loss"], result["validation"]["loss_ci95"]
             row |= {
-                "validation loss": round(result["validation"]["loss"], 4),
+                "validation loss": round(loss, 4),
                 "95 % interval": f"{low:.4f} to {high:.4f}",
             }
             row |= {"verdict": result["verdict"], "experiment": result["experiment"]}
-        rows.append(row)
-    rows.sort(key=lambda row: row["validation loss"] or float("inf"))
+        found.append((loss, row))
+    rows = [row for _, row in sorted(found, key=lambda one: one[0])]
     for rank, row in enumerate(rows, 1):
         row["rank"] = rank if row["validation loss"] else ""
     return rows

@@ -58,16 +58,20 @@ def pipeline(
         stage_limit_minutes: a stage that takes longer is ended, with its checkpoint kept.
         attempts_a_day: how often a run that crashed is started again within 24 hours.
     """
-    return refused(lambda: _pipeline(overrides, when_busy, stage_limit_minutes), attempts_a_day)
+    return refused(lambda _: _pipeline(overrides, when_busy, stage_limit_minutes), attempts_a_day)
 
 
-def refused(work: Callable[[], Any], attempts_a_day: int = ATTEMPTS_A_DAY) -> Any:
-    """Work, and what a user can cause and mend becomes a state with one message, without a traceback."""
+def refused(work: Callable[[bool], Any], attempts_a_day: int = ATTEMPTS_A_DAY) -> Any:
+    """Work, and what a user can cause and mend becomes a state with one message, without a traceback.
+
+    Args:
+        work: is told whether this run goes on for one that crashed.
+        attempts_a_day: how often a run may do so within 24 hours.
+    """
     talk.end_with_worker()
     talk.say_once_how_it_failed()
     try:
-        crashed.refuse_too_many(attempts_a_day)
-        return work()
+        return work(crashed.is_again(attempts_a_day))
     except Refusal as problem:
         get_run_logger().error("%s", problem)
         return Failed(name="Refused", message=str(problem))

@@ -13,7 +13,6 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 
 from flows import place, talk, training
-from flows.place import WhenBusy
 from flows.process import Executor
 from flows.stages import TAIL_LINES
 from flows.training import ATTEMPTS_A_DAY, Minutes
@@ -21,16 +20,18 @@ from pipeline import check, recorded
 
 
 @flow(name="retrain-on-new-data", persist_result=False)
-def retrain_on_new_data(
-    when_busy: WhenBusy = "wait", stage_limit_minutes: Minutes | None = None, attempts_a_day: int = ATTEMPTS_A_DAY
-) -> Any:
+def retrain_on_new_data(stage_limit_minutes: Minutes | None = None, attempts_a_day: int = ATTEMPTS_A_DAY) -> Any:
     """Run the pipeline if a file under data/source is new, changed or gone since the last run; else do nothing."""
 
-    def work() -> Any:
+    def work(is_again: bool) -> Any:
+        # While a long training runs, one look after the other would line up behind it.
+        if not is_again and place.is_busy():
+            return Completed(name="Cached", message="a run works in this checkout; the next look tells what is new")
         check.refuse_obstacles()
-        if not is_source_changed():
+        # One that crashed may have come as far as ingest, and nothing is new since.
+        if not is_again and not is_source_changed():
             return Completed(name="Cached", message=f"nothing new under {place.SOURCE}")
-        return as_own(training.pipeline(None, when_busy, stage_limit_minutes, return_state=True))
+        return as_own(training.pipeline(None, "wait", stage_limit_minutes, return_state=True))
 
     return training.refused(work, attempts_a_day)
 
@@ -45,13 +46,13 @@ def promote(version: int | None = None, rollback: bool = False) -> Any:
     """
     arguments = (["--rollback"] if rollback else []) + (["--version", str(version)] if version is not None else [])
     # Never started again by itself: a second rollback would be one too many.
-    return training.refused(lambda: as_own(program("pipeline.promote", *arguments, return_state=True)), 0)
+    return training.refused(lambda _: as_own(program("pipeline.promote", *arguments, return_state=True)), 0)
 
 
 @flow(name="verify", persist_result=False)
 def verify() -> Any:
     """Read again every byte that is recorded, and fail with the names of the files that differ."""
-    return training.refused(lambda: as_own(program("pipeline.verify", return_state=True)))
+    return training.refused(lambda _: as_own(program("pipeline.verify", return_state=True)))
 
 
 def as_own(state: Any) -> State[Any]:

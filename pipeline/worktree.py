@@ -16,7 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,8 +94,14 @@ def of(commit: str, name: str) -> Iterator[WorkTree]:
 
 
 @contextlib.contextmanager
-def held(file: Path, what: str, wait: bool = False) -> Iterator[None]:
+def held(file: Path, what: str, wait: bool = False, tell: Callable[[str], object] = print) -> Iterator[None]:
     """Hold the lock of a place; its text, the process id, is there as long as the work is.
+
+    Args:
+        file: the lock; an empty file does no harm.
+        what: the place, in messages.
+        wait: for whoever holds it.
+        tell: takes the line that says so.
 
     Raises:
         Refusal: another process holds it, and this one was not to wait.
@@ -109,7 +115,7 @@ def held(file: Path, what: str, wait: bool = False) -> Iterator[None]:
             pid = lock.read().decode().strip() or "another"
             if not wait:
                 raise Refusal(f"process {pid} works in {what} already; wait for it, or end it") from None
-            print(f"waiting for process {pid}, which works in {what}", flush=True)
+            tell(f"waiting for process {pid}, which works in {what}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n".encode())

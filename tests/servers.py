@@ -28,6 +28,8 @@ def started(command, ready, **options):
                 ready()
                 break
             time.sleep(0.2)
+        else:
+            pytest.fail(f"{command[0]} is not ready")
         yield
     finally:
         os.killpg(server.pid, signal.SIGKILL)

@@ -50,7 +50,15 @@ def test_every_minute_the_first_run_trains_the_others_find_nothing_to_do_and_a_p
     for run in others:
         assert run.state_name == "Completed"
         assert services.task_states(run.id) == dict.fromkeys(STAGES, "Cached")
-        assert run.start_time < first.end_time or run.total_run_time < timedelta(seconds=40)
+        assert run.start_time < first.end_time or run.total_run_time < timedelta(seconds=60)
+
+    chosen = {"artifacts": {"flow_run_id": {"any_": [str(first.id)]}}}
+    found = services.ask(lambda client: client.request("POST", "/artifacts/filter", json=chosen)).json()
+    left = {one["key"]: one["data"] for one in found}
+    assert set(left) == {"stages", "training", "result"}
+    assert float(left["training"]) == 100
+    for part in ("data:image/png;base64,", "perplexity", "/runs/", "/#/models/gpt2-pipeline/versions/1"):
+        assert part in left["result"], part
 
     services.ask(lambda client: client.pause_deployment(deployment))
     wait_for(lambda: all(is_final(run.state) for run in begun(services)), 60)
@@ -82,9 +90,10 @@ def test_a_worker_killed_while_it_trains_is_seen_and_a_new_run_ends_with_the_sam
     services.kill("worker")
     begun_s = time.monotonic()
     services.start("worker")
-    crashed = services.ended(killed, 60)
+    crashed = services.ended(killed, 90)
     assert crashed.name == "Crashed", crashed
-    wait_for(lambda: "train: going on after step" in services.log("worker"), 90 - (time.monotonic() - begun_s))
+    wait_for(lambda: "train: going on after step" in services.log("worker"), 120)
+    print(f"measured: worker killed, training goes on after {time.monotonic() - begun_s:.1f} s")
     *_, again = services.runs(RETRAIN)
     assert len(services.runs(RETRAIN)) == num_runs + 2
     assert services.ended(again.id).name == "Completed"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import httpx
 import pytest
 
 from tests.served import wait_for
@@ -82,6 +83,16 @@ def test_a_server_and_a_worker_that_run_are_not_started_again(toy):
     again = toy.service("worker")
     assert (again.returncode, again.stdout) == (0, "the worker runs already\n")
     assert toy.survivors() == before != []
+
+
+def test_a_page_of_another_server_may_not_tell_this_one_what_to_do(toy):
+    def allowed(origin):
+        asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        found = httpx.options(f"{toy.url}/deployments/filter", headers=asked).headers
+        return found.get("Access-Control-Allow-Origin")
+
+    assert allowed("http://example.com") is None
+    assert allowed(f"http://127.0.0.1:{toy.port}") == f"http://127.0.0.1:{toy.port}"
 
 
 def test_the_deployments_have_their_schedules(toy):
@@ -196,7 +207,7 @@ def test_cancelling_ends_a_run_with_its_checkpoint_saved_and_no_process_left_wit
     seconds_until_gone(family, begun_s + 10 - time.monotonic())
     print(f"measured: cancelled by a command, no process after {time.monotonic() - begun_s:.1f} s")
     assert checkout.processes_of(run) == []
-    assert checkout.ended(run, 10).name == "Cancelled"
+    assert checkout.ended(run, 30).name == "Cancelled"
     assert "saved" in checkout.run_log(run)
 
 
@@ -213,7 +224,7 @@ def test_a_second_run_waits_or_is_refused_and_one_that_waits_can_be_cancelled(ch
     # What the button on Prefect's page sends.
     checkout.post(f"/flow_runs/{cancelled}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
     print(f"measured: cancelled as the page does, no process after {seconds_until_gone(family, 10):.1f} s")
-    assert checkout.ended(cancelled, 10).name == "Cancelled"
+    assert checkout.ended(cancelled, 30).name == "Cancelled"
 
     wait_for(lambda: checkout.read(second).state_name == "Running", PATIENCE_S)
     assert checkout.tasks(second) == {}, "it waits"
@@ -274,7 +285,7 @@ def test_a_run_whose_worker_is_killed_ends_and_goes_on_with_a_new_worker(checkou
     print(f"measured: worker killed, no process after {seconds_until_gone(family, 5):.1f} s")
     checkout.start("worker")
     checkout.go()
-    assert checkout.ended(run, begun_s + 60 - time.monotonic()).type == "CRASHED"
+    assert checkout.ended(run, 90).type == "CRASHED"
     print(f"measured: worker killed, crashed after {time.monotonic() - begun_s:.1f} s")
     again = checkout.next_run(RETRAIN, known)
     assert is_by_automation(again) and again.parameters.items() >= parameters.items()
@@ -296,13 +307,34 @@ def test_a_machine_that_is_lost_goes_on_once_server_and_worker_are_back(checkout
         database.execute(f"UPDATE flow_run_state SET timestamp = {earlier} WHERE name = 'Running'")
     checkout.start("server", "worker")
     begun_s = time.monotonic()
-    assert checkout.ended(run, 60).type == "CRASHED"
+    assert checkout.ended(run, 90).type == "CRASHED"
     again = checkout.next_run(RETRAIN, known)
     print(f"measured: machine lost, started again {time.monotonic() - begun_s:.1f} s after server and worker are back")
     assert is_by_automation(again)
     checkout.go()
     assert checkout.ended(again.id).name == "Completed"
     assert ids(checkout) == [*known, again.id], "once"
+
+
+def test_what_new_text_has_started_goes_on_after_a_crash(checkout):
+    (checkout.folder / "data" / "source" / "new.txt").write_text(f"{time.time_ns()}\n")
+    run = checkout.run(NEW_DATA, attempts_a_day=9)
+
+    def stage_of(run):
+        return wait_for(
+            lambda: [process for process in checkout.processes_of(run) if "long.py" in process.cmdline()], PATIENCE_S
+        )
+
+    stage_of(run)
+    known = [run.id for run in checkout.runs(NEW_DATA)]
+    flow, *others = sorted(checkout.processes_of(run), key=lambda process: process.create_time())
+    flow.kill()
+    seconds_until_gone(others, 5)
+    again = checkout.next_run(NEW_DATA, known)
+    stage_of(again.id)
+    checkout.go()
+    assert checkout.ended(again.id).name == "Completed"
+    assert (checkout.folder / "long.txt").exists()
 
 
 def test_a_flow_that_cannot_be_imported_is_not_started_again(checkout):
@@ -469,6 +501,19 @@ def test_a_work_tree_that_cannot_be_made_is_told(alone, asking):
     alone.commit()
     (alone.folder / ".trials").write_text("")
     assert is_one_sentence(asking(), ".trials")
+
+
+def test_a_work_tree_that_git_did_not_finish_is_made_anew(alone, toy):
+    alone.commit()
+    command = ("-m", "flows.pipeline", "-S", "train.learning_rate=1e-3")
+    assert alone.python(*command, PREFECT_API_URL=toy.url).returncode == 0
+    (lock,) = (alone.folder / ".trials").glob("trial-*.lock")
+    half = lock.with_suffix(".aside")
+    half.mkdir()
+    (half / ".git").write_text("gitdir: ")
+    done = alone.python(*command, PREFECT_API_URL=toy.url)
+    assert done.returncode == 0, done.stderr
+    assert not half.exists() and not lock.with_suffix("").exists()
 
 
 # --- a server that is killed, and the end --------------------------------------------------------------------------
