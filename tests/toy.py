@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from tests.closure import ROOT
-from tests.served import Served, wait_for
+from tests.served import Served, is_final, wait_for
 
 SECTIONS = ["ingest", "clean", "model", "split", "tokenize", "train", "sample", "evaluate", "publish"]
 INGEST = {
@@ -144,6 +144,17 @@ class Toy(Served):
     def processes_of(self, run):
         """Every process of a run: all inherit its id."""
         return processes(PREFECT__FLOW_RUN_ID=str(run))
+
+    def rest(self, *deployments):
+        """Until no run of these goes on: a server that took an event twice has started two."""
+        self.go()
+
+        def is_quiet():
+            runs = [run for name in deployments for run in self.runs(name)]
+            by_hand = [run for run in runs if run.created_by is None or run.created_by.type != "SCHEDULE"]
+            return all(is_final(run.state) for run in by_hand)
+
+        wait_for(is_quiet, PATIENCE_S)
 
     def survivors(self):
         """Every process that one of the services has started, and those themselves."""
