@@ -1,7 +1,6 @@
 """A Prefect server, a worker and the deployments of a project, as `make server worker deploy` starts them."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,14 +12,14 @@ from uuid import UUID
 
 import psutil
 
+from tests.servers import free_port
+
 
 class Served:
     """Services of a project, on a free port; and what its server knows."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        port = str(free_port())
         clean = {name: value for name, value in environment.items() if not name.startswith("PREFECT")}
         self.folder, self.url = folder, f"http://127.0.0.1:{port}/api"
         self.environment = clean | {"PREFECT_HOME": str(folder / ".prefect"), "PREFECT_SERVER_API_PORT": port}

@@ -91,9 +91,6 @@ class Toy(Served):
             cwd=self.folder, env=self.environment | more, capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
 
-    def service(self, name):
-        return self.python("-m", "flows.services", name)
-
     def post(self, path, **content):
         """What the server answers to a question that its client does not know."""
         return self.ask(lambda client: client.request("POST", path, json=content).json())
