@@ -2,6 +2,7 @@
 
 import os
 import re
+import select
 import signal
 import subprocess
 import threading
@@ -13,6 +14,7 @@ from typing import IO
 
 LINE = re.compile(rb"[^\r\n]*(?:\r?\n|\r(?=[^\n]))")
 SECONDS_BETWEEN_BARS = 5.0
+POLL_S = 0.5
 GRACE_S = 8.0  # from the interrupt to the kill: enough to save a checkpoint, and less than the 10 s a user waits
 
 
@@ -120,7 +122,7 @@ def _alarm(limit_s: float | None, ring: Callable[[], object]) -> Iterator[None]:
 def _lines(output: IO[bytes]) -> Iterator[str]:
     """The lines of an output as they come; of those written one over the other, as bars are, one every few seconds."""
     rest, shown_s = b"", 0.0
-    while chunk := output.read1(2**16):  # type: ignore[attr-defined]  # what a pipe holds, at once
+    while chunk := _what_is_there(output):
         rest, used = rest + chunk, 0
         for match in LINE.finditer(rest):
             used, final = match.end(), match[0].endswith(b"\n")
@@ -130,6 +132,14 @@ def _lines(output: IO[bytes]) -> Iterator[str]:
         rest = rest[used:]
     if rest:
         yield _text(rest)
+
+
+def _what_is_there(output: IO[bytes]) -> bytes:
+    """What a pipe holds, once there is something; nothing at its end."""
+    # Asked again and again: a signal that comes just before a call that blocks would wait with it.
+    while not select.select([output], [], [], POLL_S)[0]:
+        continue
+    return os.read(output.fileno(), 2**16)
 
 
 def _text(line: bytes) -> str:

@@ -16,9 +16,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -26,6 +28,7 @@ from pipeline import owner, resume, stage
 from pipeline.stage import Refusal
 
 ROOT = Path(".replay")
+POLL_S = 0.2
 # Live curves of a training here would be a run in MLflow: they find no store, say so in their log, and end with it.
 NO_STORE = "none://replay"
 
@@ -108,15 +111,15 @@ def held(file: Path, what: str, wait: bool = False, tell: Callable[[str], object
     """
     file.parent.mkdir(exist_ok=True)
     with file.open("a+b", buffering=0) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _take(lock):
             lock.seek(0)
             pid = lock.read().decode().strip() or "another"
             if not wait:
-                raise Refusal(f"process {pid} works in {what} already; wait for it, or end it") from None
+                raise Refusal(f"process {pid} works in {what} already; wait for it, or end it")
             tell(f"waiting for process {pid}, which works in {what}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            while not _take(lock):
+                # Asked for again and again: a signal that comes just before a call that blocks would wait with it.
+                time.sleep(POLL_S)
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n".encode())
         try:
@@ -125,12 +128,20 @@ def held(file: Path, what: str, wait: bool = False, tell: Callable[[str], object
             lock.truncate(0)
 
 
+def _take(lock: IO[bytes]) -> bool:
+    """Take a lock, if it is free; whether it was."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _remove_stale() -> None:
     """Remove the work trees of processes that were killed: their locks are free, but have text."""
     for file in ROOT.glob("*.lock"):
-        with file.open("r+b", buffering=0) as lock, contextlib.suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if lock.read(1):
+        with file.open("r+b", buffering=0) as lock:
+            if _take(lock) and lock.read(1):
                 _remove(file.with_suffix(""))
                 lock.truncate(0)
 

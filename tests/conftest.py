@@ -1,6 +1,7 @@
 import os
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -87,3 +88,40 @@ def here(made, monkeypatch):
     monkeypatch.chdir(made)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return made
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory):
+    """Toy stages, server, worker, deployments, in a folder whose name is not plain; nothing starts by the clock."""
+    from tests.toy import NEW_DATA, VERIFY, Toy
+
+    here = Toy(tmp_path_factory.mktemp("served") / "ein Örtchen, 100%25")
+    try:
+        here.start("server", "worker", "deploy")
+        here.schedules = {
+            one["name"]: [(plan["active"], plan["schedule"]) for plan in one["schedules"]]
+            for one in here.post("/deployments/filter")
+        }
+        for name in (NEW_DATA, VERIFY):
+            here.ask(lambda client, name=name: client.pause_deployment(client.read_deployment_by_name(name).id))
+        yield here
+    finally:
+        here.service("stop")
+
+
+@pytest.fixture
+def toy(services):
+    """The same, whatever a test that failed has left."""
+    services.recover()
+    return services
+
+
+@pytest.fixture
+def checkout(toy):
+    """The same, with a long stage that has not run yet."""
+    from tests.toy import LONG_STAGE, write
+
+    (toy.folder / "go").unlink(missing_ok=True)
+    (toy.folder / "turn.txt").write_text(str(time.time_ns()))  # else DVC would restore what it did before
+    write(toy.folder, long=LONG_STAGE)
+    return toy

@@ -19,7 +19,7 @@ from tests.servers import free_port, postgresql, started
 from tests.test_end_to_end import STAGES, Clone
 from tests.tiny import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.served]
 
 RETRAIN = "pipeline/retrain"
 IMAGE = "gpt2-pipeline:1"

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from flows.process import Executor, Stopped
+from pipeline import worktree
 from pipeline.follow import is_running
 from tests.closure import ROOT
 
@@ -314,6 +315,41 @@ def test_what_a_command_says_as_an_error_is_shown_too():
         [sys.executable, "-c", "import sys; print('trouble', file=sys.stderr)"], dict(os.environ), shown.append
     )
     assert shown == ["trouble"]
+
+
+@pytest.mark.parametrize(
+    "what_waits",
+    [
+        "worktree.held(pathlib.Path(sys.argv[1]), 'here', wait=True, tell=tell).__enter__()",
+        "Executor().run(['sh', '-c', 'echo up; exec sleep 10'], dict(os.environ), tell)",
+    ],
+    ids=["for a lock", "for a command"],
+)
+def test_a_signal_that_does_not_wake_what_waits_is_heard_all_the_same(tmp_path, what_waits):
+    """One that comes just before a call that blocks, or in another thread, does not end the call."""
+    code = f"""
+import os, pathlib, signal, sys, threading, time
+from flows.process import Executor
+from pipeline import worktree
+
+def hear(number, frame):
+    os._exit(7)
+
+def tell(line):
+    print(line, flush=True)
+    threading.Thread(target=strike).start()
+
+def strike():
+    time.sleep(0.5)
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+signal.signal(signal.SIGTERM, hear)
+{what_waits}
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "lock")]
+    with worktree.held(tmp_path / "lock", "here"):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout.count("\n"), done.stderr) == (7, 1, "")
 
 
 def test_stopping_interrupts_and_waits_for_the_command_to_tidy_up():

@@ -12,7 +12,7 @@ import pytest
 from tests.served import Served, is_final, served, wait_for
 from tests.test_end_to_end import STAGES, Clone
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.served]
 RETRAIN = "pipeline/retrain"
 RESULT = ("models/best/model.safetensors", "models/last/model.safetensors", "reports/train.jsonl")
 
@@ -84,8 +84,8 @@ def test_a_worker_killed_while_it_trains_is_seen_and_a_new_run_ends_with_the_sam
         one.change(longer)
     undisturbed.run("python", "-m", "dvc", "repro", "train")
 
-    num_runs = len(services.runs(RETRAIN))
     killed = services.run(RETRAIN)
+    known = {run.id for run in services.runs(RETRAIN)}
     wait_for(lambda: list(clone.folder.glob(".runs/*/checkpoint-*")), 120)
     services.kill("worker")
     begun_s = time.monotonic()
@@ -94,10 +94,10 @@ def test_a_worker_killed_while_it_trains_is_seen_and_a_new_run_ends_with_the_sam
     assert crashed.name == "Crashed", crashed
     wait_for(lambda: "train: going on after step" in services.log("worker"), 120)
     print(f"measured: worker killed, training goes on after {time.monotonic() - begun_s:.1f} s")
-    *_, again = services.runs(RETRAIN)
-    assert len(services.runs(RETRAIN)) == num_runs + 2
-    assert services.ended(again.id).name == "Completed"
-    assert services.task_states(again.id)["train"] == "Completed"
+    again = [run.id for run in services.runs(RETRAIN) if run.id not in known]
+    assert {services.ended(run).name for run in again} == {"Completed"}
+    # Prefect may take an event twice, and start two runs: the second waits for the first, and finds nothing to do.
+    assert [services.task_states(run)["train"] for run in again].count("Completed") == 1
     for file in RESULT:
         assert digest(clone.folder / file) == digest(undisturbed.folder / file), file
 

@@ -1,24 +1,31 @@
-"""Deployments, as a team uses them: a real server, a real worker, runs that are cancelled, killed and started again."""
+"""Deployments, as a team uses them: a real server, a real worker, runs that wait, end or are cancelled."""
 
 import contextlib
 import json
 import shutil
 import socket
 import sqlite3
-import subprocess
-import sys
 import time
 
 import httpx
 import pytest
 
 from tests.served import wait_for
-from tests.toy import CLEAN, LONG_STAGE, PATIENCE_S, Toy, make_project, seconds_until_gone, write
+from tests.toy import (
+    CLEAN,
+    LONG_STAGE,
+    NEW_DATA,
+    PATIENCE_S,
+    PROMOTE,
+    RETRAIN,
+    VERIFY,
+    Toy,
+    is_one_sentence,
+    seconds_until_gone,
+    write,
+)
 
-pytestmark = pytest.mark.slow
-
-RETRAIN, NEW_DATA = "pipeline/retrain", "retrain-on-new-data/retrain-on-new-data"
-VERIFY, PROMOTE = "verify/verify", "promote/promote"
+pytestmark = [pytest.mark.slow, pytest.mark.served]
 LOCKED = """
 import pathlib
 tried = pathlib.Path("tried")
@@ -35,42 +42,6 @@ raise SystemExit("no such word")
 PUBLISH = {
     "cmd": """echo '{"publication": "4e24"}' > publication.json""", "deps": ["raw.txt"], "outs": ["publication.json"]
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """All of it, in a folder whose name is not plain; started is only what the tests want to see."""
-    here = Toy(tmp_path_factory.mktemp("served") / "ein Örtchen, 100%25")
-    try:
-        here.start("server", "worker", "deploy")
-        here.schedules = {
-            one["name"]: [(plan["active"], plan["schedule"]) for plan in one["schedules"]]
-            for one in here.post("/deployments/filter")
-        }
-        for name in (NEW_DATA, VERIFY):
-            here.ask(lambda client, name=name: client.pause_deployment(client.read_deployment_by_name(name).id))
-        yield here
-    finally:
-        here.service("stop")
-
-
-@pytest.fixture
-def checkout(toy):
-    """The same, with a long stage that has not run yet."""
-    (toy.folder / "go").unlink(missing_ok=True)
-    (toy.folder / "turn.txt").write_text(str(time.time_ns()))  # else DVC would restore what it did before
-    write(toy.folder, long=LONG_STAGE)
-    return toy
-
-
-def start_waiting(toy, **parameters):
-    """A run in the middle of its long stage, and its processes."""
-    run = toy.run(RETRAIN, **parameters)
-    return run, toy.wait_in_stage(run)
-
-
-def is_one_sentence(text, *parts):
-    return text.count("\n") == 1 and all(part in text for part in parts)
 
 
 # --- services ------------------------------------------------------------------------------------------------------
@@ -143,22 +114,22 @@ def test_params_that_are_not_right_are_neither_deployed_nor_run(checkout):
 
 
 @pytest.fixture(scope="module")
-def of_all_kinds(toy):
+def of_all_kinds(services):
     """A run with a stage for every way to end; and what the log held while a stage still ran."""
-    (toy.folder / "locked.py").write_text(LOCKED)
-    (toy.folder / "broken.py").write_text(BROKEN)
+    (services.folder / "locked.py").write_text(LOCKED)
+    (services.folder / "broken.py").write_text(BROKEN)
     write(
-        toy.folder,
+        services.folder,
         long=LONG_STAGE,
         locked={"cmd": "python locked.py", "outs": ["locked.txt"]},
         broken={"cmd": "python broken.py", "outs": ["broken.txt"]},
         after={"cmd": "touch after.txt", "deps": ["broken.txt"], "outs": ["after.txt"]},
     )
-    assert toy.python("-m", "dvc", "repro", "ingest").returncode == 0
-    run, _ = start_waiting(toy)
-    meanwhile = toy.lines(run), (toy.folder / "long.txt").exists()
-    toy.go()
-    return run, toy.ended(run), meanwhile
+    assert services.python("-m", "dvc", "repro", "ingest").returncode == 0
+    run, _ = services.start_waiting()
+    meanwhile = services.lines(run), (services.folder / "long.txt").exists()
+    services.go()
+    return run, services.ended(run), meanwhile
 
 
 def test_every_stage_ends_in_the_state_that_says_what_it_took(toy, of_all_kinds):
@@ -200,7 +171,7 @@ def test_a_run_leaves_a_table_of_its_stages(toy, of_all_kinds):
 
 
 def test_cancelling_ends_a_run_with_its_checkpoint_saved_and_no_process_left_within_10_s(checkout):
-    run, family = start_waiting(checkout)
+    run, family = checkout.start_waiting()
     begun_s = time.monotonic()
     done = checkout.python("-m", "prefect", "flow-run", "cancel", str(run), PREFECT_API_URL=checkout.url)
     assert done.returncode == 0, done.stderr
@@ -212,7 +183,7 @@ def test_cancelling_ends_a_run_with_its_checkpoint_saved_and_no_process_left_wit
 
 
 def test_a_second_run_waits_or_is_refused_and_one_that_waits_can_be_cancelled(checkout):
-    first, _ = start_waiting(checkout)
+    first, _ = checkout.start_waiting()
     second, refused, cancelled = (checkout.run(RETRAIN, when_busy=when) for when in ("wait", "refuse", "wait"))
     state = checkout.ended(refused)
     assert state.name == "Refused"
@@ -234,134 +205,13 @@ def test_a_second_run_waits_or_is_refused_and_one_that_waits_can_be_cancelled(ch
 
 
 def test_a_stage_that_takes_longer_than_it_may_is_ended(checkout):
-    run, family = start_waiting(checkout, stage_limit_minutes=0.1)
+    run, family = checkout.start_waiting(stage_limit_minutes=0.1)
     seconds_until_gone(family, 30)
     assert checkout.ended(run).name == "Failed"
     assert checkout.processes_of(run) == []
     checkout.wait_for_states(run, ingest="Cached", long="TimedOut")
     lines = checkout.tasks(run)["long"]["state"]["message"].splitlines()
     assert lines[0] == "ended after 6 s, the limit of a stage; what was saved is kept" and "saved" in lines
-
-
-# --- what crashes is started again ---------------------------------------------------------------------------------
-
-
-def is_by_automation(run):
-    return run.created_by.type == "AUTOMATION"
-
-
-def ids(toy):
-    return [run.id for run in toy.runs(RETRAIN)]
-
-
-def finds_nothing_to_do_a_second_time(toy, known, again):
-    """Prefect may take an event twice, and start two runs: the second waits for the first."""
-    toy.rest(RETRAIN)
-    for run in toy.runs(RETRAIN):
-        if run.id not in {*known, again.id}:
-            assert set(toy.task_states(run.id).values()) == {"Cached"}
-
-
-def test_a_flow_that_is_killed_is_started_again_as_often_as_it_may_be(checkout):
-    parameters = {"when_busy": "refuse", "stage_limit_minutes": 7, "attempts_a_day": 1}
-    run, (flow, *stage) = start_waiting(checkout, **parameters)
-    known, begun_s = ids(checkout), time.monotonic()
-    flow.kill()
-    seconds_until_gone(stage, 5)
-    assert checkout.ended(run, 30).type == "CRASHED"
-    print(f"measured: flow killed, crashed after {time.monotonic() - begun_s:.1f} s")
-    again = checkout.next_run(RETRAIN, known)
-    flow, *stage = checkout.wait_in_stage(again.id)
-    print(f"measured: flow killed, its stage runs again after {time.monotonic() - begun_s:.1f} s")
-    assert is_by_automation(again) and again.parameters.items() >= parameters.items()
-
-    known = ids(checkout)
-    flow.kill()
-    seconds_until_gone(stage, 5)
-    last = checkout.next_run(RETRAIN, known)
-    state = checkout.ended(last.id)
-    assert state.name == "Refused"
-    assert is_one_sentence(f"{state.message}\n", "a run crashed, and of 1 attempts within 24 hours none is left")
-    assert checkout.tasks(last.id) == {}
-
-
-def test_a_run_whose_worker_is_killed_ends_and_goes_on_with_a_new_worker(checkout):
-    parameters = {"stage_limit_minutes": 3.5, "attempts_a_day": 9}
-    run, family = start_waiting(checkout, **parameters)
-    known, begun_s = ids(checkout), time.monotonic()
-    checkout.kill("worker")
-    print(f"measured: worker killed, no process after {seconds_until_gone(family, 5):.1f} s")
-    checkout.start("worker")
-    checkout.go()
-    assert checkout.ended(run, 90).type == "CRASHED"
-    print(f"measured: worker killed, crashed after {time.monotonic() - begun_s:.1f} s")
-    again = checkout.next_run(RETRAIN, known)
-    assert is_by_automation(again) and again.parameters.items() >= parameters.items()
-    assert checkout.ended(again.id).name == "Completed"
-    finds_nothing_to_do_a_second_time(checkout, known, again)
-    print(f"measured: worker killed, all done after {time.monotonic() - begun_s:.1f} s")
-    assert checkout.python("-m", "dvc", "status").stdout == CLEAN
-
-
-def test_a_machine_that_is_lost_goes_on_once_server_and_worker_are_back(checkout):
-    run, family = start_waiting(checkout, attempts_a_day=9)
-    known = ids(checkout)
-    checkout.kill("server")
-    checkout.kill("worker")
-    seconds_until_gone(family, 5)
-    # As if the run were older: Prefect holds back for 15 minutes what happens to one of less than five.
-    with contextlib.closing(sqlite3.connect(checkout.home / "prefect.db")) as database, database:
-        earlier = "strftime('%Y-%m-%d %H:%M:%f', timestamp, '-6 minutes')"
-        database.execute(f"UPDATE flow_run_state SET timestamp = {earlier} WHERE name = 'Running'")
-    checkout.start("server", "worker")
-    begun_s = time.monotonic()
-    assert checkout.ended(run, 90).type == "CRASHED"
-    again = checkout.next_run(RETRAIN, known)
-    print(f"measured: machine lost, started again {time.monotonic() - begun_s:.1f} s after server and worker are back")
-    assert is_by_automation(again)
-    checkout.go()
-    assert checkout.ended(again.id).name == "Completed"
-    finds_nothing_to_do_a_second_time(checkout, known, again)
-
-
-def test_what_new_text_has_started_goes_on_after_a_crash(checkout):
-    (checkout.folder / "data" / "source" / "new.txt").write_text(f"{time.time_ns()}\n")
-    run = checkout.run(NEW_DATA, attempts_a_day=9)
-
-    def stage_of(run):
-        return wait_for(
-            lambda: [process for process in checkout.processes_of(run) if "long.py" in process.cmdline()], PATIENCE_S
-        )
-
-    stage_of(run)
-    known = [run.id for run in checkout.runs(NEW_DATA)]
-    flow, *others = sorted(checkout.processes_of(run), key=lambda process: process.create_time())
-    flow.kill()
-    seconds_until_gone(others, 5)
-    again = checkout.next_run(NEW_DATA, known)
-    stage_of(again.id)
-    checkout.go()
-    assert checkout.ended(again.id).name == "Completed"
-    assert (checkout.folder / "long.txt").exists()
-    checkout.rest(NEW_DATA)
-
-
-def test_a_flow_that_cannot_be_imported_is_not_started_again(checkout):
-    flows, aside = checkout.folder / "flows", checkout.folder / "aside"
-    flows.rename(aside)
-    try:
-        flows.mkdir()
-        (flows / "training.py").write_text("import no_such_module")
-        run = checkout.run(RETRAIN)
-        state = checkout.ended(run)
-        (flows / "training.py").unlink()
-        flows.rmdir()
-    finally:
-        aside.rename(flows)
-    assert state.type == "CRASHED"
-    assert "No module named 'no_such_module'" in "".join(checkout.run_log(run))
-    time.sleep(5)
-    assert ids(checkout)[-1] == run
 
 
 # --- upkeep --------------------------------------------------------------------------------------------------------
@@ -525,44 +375,11 @@ def test_a_work_tree_that_git_did_not_finish_is_made_anew(alone, toy):
     assert not half.exists() and not lock.with_suffix("").exists()
 
 
-# --- a server that is killed, and the end --------------------------------------------------------------------------
-
-
-def test_with_the_server_killed_the_stages_go_on_and_the_result_is_there(tmp_path):
-    here, by_hand = Toy(tmp_path / "ein Örtchen"), make_project(tmp_path / "by hand")
-    stages = {"long": LONG_STAGE, "last": {"cmd": "cp long.txt last.txt", "deps": ["long.txt"], "outs": ["last.txt"]}}
-    for folder in (here.folder, by_hand):
-        write(folder, **stages)
-    try:
-        here.start("server", "worker", "deploy")
-        run = here.run(RETRAIN)
-        settings = here.environment | {"PREFECT_API_URL": here.url, "PYTHONPATH": str(by_hand)}
-        with subprocess.Popen(
-            [sys.executable, "-m", "flows.pipeline"],
-            cwd=by_hand, env=settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        ) as process:  # fmt: skip
-            family = here.wait_in_stage(run)
-            assert "waiting\n" in process.stdout
-            here.kill("server")
-            begun_s = time.monotonic()
-            for folder in (here.folder, by_hand):
-                (folder / "go").touch()
-            _, stderr = process.communicate(timeout=PATIENCE_S)
-        print(f"measured: server killed, `python -m flows.pipeline` ended after {time.monotonic() - begun_s:.1f} s")
-        wait_for((here.folder / "last.txt").exists, PATIENCE_S)
-        seconds_until_gone(family[1:], PATIENCE_S)  # the flow itself tries for minutes to tell its server of it
-        assert is_one_sentence(stderr, "the Prefect server is gone", "`dvc status` does"), stderr
-        for folder in (here.folder, by_hand):
-            assert (folder / "last.txt").read_text() == "done"
-            assert here.python("-m", "dvc", "--cd", str(folder), "status").stdout == CLEAN
-    finally:
-        stopped = here.service("stop").stdout
-    assert stopped == "worker: ended\nserver: does not run\n"
-    assert here.survivors() == []
+# --- the end ---------------------------------------------------------------------------------------------------------
 
 
 def test_stopping_leaves_no_process_and_again_finds_nothing_to_stop(checkout):
-    start_waiting(checkout)
+    checkout.start_waiting()
     assert len(checkout.survivors()) >= 6
     assert checkout.service("stop").stdout == "worker: ended\nserver: ended\n"
     assert checkout.survivors() == []

@@ -14,6 +14,8 @@ import psutil
 from tests.closure import ROOT
 from tests.served import Served, is_final, wait_for
 
+RETRAIN, NEW_DATA = "pipeline/retrain", "retrain-on-new-data/retrain-on-new-data"
+VERIFY, PROMOTE = "verify/verify", "promote/promote"
 SECTIONS = ["ingest", "clean", "model", "split", "tokenize", "train", "sample", "evaluate", "publish"]
 INGEST = {
     "cmd": "echo reading; cat data/source/* > raw.txt", "deps": ["data/source"], "outs": ["raw.txt"], "params": SECTIONS
@@ -138,6 +140,11 @@ class Toy(Served):
         assert len(family) >= 4, "the flow, DVC, the stage, its child"
         return family
 
+    def start_waiting(self, **parameters):
+        """A run in the middle of its long stage, and its processes."""
+        run = self.run(RETRAIN, **parameters)
+        return run, self.wait_in_stage(run)
+
     def processes_of(self, run):
         """Every process of a run: all inherit its id."""
         return processes(PREFECT__FLOW_RUN_ID=str(run))
@@ -152,6 +159,21 @@ class Toy(Served):
             return all(is_final(run.state) for run in by_hand)
 
         wait_for(is_quiet, PATIENCE_S)
+
+    def recover(self):
+        """Undo what a test that failed has left: no server, no worker, a run that others would wait for."""
+        for name in ("server", "worker"):
+            if not psutil.pid_exists(int((self.home / f"{name}.pid").read_text().split()[0])):
+                self.start(name)
+        left = {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}
+        for run in self.post("/flow_runs/filter", flow_runs={"state": left}):
+            family = self.processes_of(run["id"])
+            state = {"type": "CANCELLED", "name": "Cancelled"}  # a crash would start another
+            self.post(f"/flow_runs/{run['id']}/set_state", state=state, force=True)
+            for process in family:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(family, PATIENCE_S)
 
     def survivors(self):
         """Every process that one of the services has started, and those themselves."""
@@ -168,3 +190,7 @@ def seconds_until_gone(family, timeout_s):
     _, alive = psutil.wait_procs(family, timeout_s)
     assert alive == []
     return time.monotonic() - begun_s
+
+
+def is_one_sentence(text, *parts):
+    return text.count("\n") == 1 and all(part in text for part in parts)
