@@ -44,10 +44,12 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--at-once", type=int, default=1, metavar="N", help="trials at a time")
     parser.add_argument(
-        "--when-busy", choices=("wait", "refuse"), default="wait", help="another run works there already"
+        "--when-busy", choices=("wait", "refuse"), default="wait", help="another run works there already; trials wait"
     )
     parser.add_argument("--stage-limit-minutes", type=float, help="end a stage that takes longer")
     arguments = parser.parse_args()
+    if arguments.trials and arguments.when_busy == "refuse":
+        parser.error("--when-busy refuse: trials always wait for a run that works in the same place")
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # in a pipe, too
     settings.configure()
     # Default handlers, also when we were started with SIGINT ignored (in the background of a script): what is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import pydantic
 from prefect import State, flow
 from prefect.artifacts import create_table_artifact
 from prefect.states import Completed, Failed
+from ruamel.yaml import YAML
 
 from flows import overrides, place, talk, training
 from flows.dag import Dag, downstream, read_dag
@@ -101,6 +103,8 @@ def _run_all(dag: Dag, asked: Sequence[Flat], at_once: int, limit_minutes: float
 def shared(dag: Dag, asked: Sequence[Flat]) -> list[dict[str, threading.Lock]]:
     """For each trial and stage a lock: the same one where the stage would do the same work in both.
 
+    That is where all parameters that it and the stages before it read are the same, changed or not.
+
     Whoever comes second finds what the first one made in DVC's cache.
     """
     stages = stage.read_stages()
@@ -111,19 +115,12 @@ def shared(dag: Dag, asked: Sequence[Flat]) -> list[dict[str, threading.Lock]]:
         for other in downstream(dag, name):
             reads[other] |= reads[name]
     locks: dict[tuple[str, str], threading.Lock] = {}
-    return [
-        {
-            name: locks.setdefault(
-                (
-                    name,
-                    described({key: trial[key] for key in sorted(trial) if key.split(".")[0] in reads[name]}),
-                ),
-                threading.Lock(),
-            )
-            for name in dag
-        }
-        for trial in asked
-    ]
+    found = []
+    for trial in asked:
+        params = YAML(typ="safe", pure=True).load(overrides.applied(trial))
+        works = {name: json.dumps({key: params[key] for key in sorted(reads[name])}, default=str) for name in dag}
+        found.append({name: locks.setdefault((name, work), threading.Lock()) for name, work in works.items()})
+    return found
 
 
 def ranked(asked: Sequence[Flat], states: Sequence[State[Any]]) -> list[dict[str, Any]]:

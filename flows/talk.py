@@ -36,7 +36,7 @@ def only_showing() -> Iterator[None]:
     """Training goes on without whoever it is shown to: a server that is gone fails nothing."""
     try:
         yield
-    except (httpx.HTTPError, OSError) as problem:
+    except (httpx.HTTPError, ConnectionError) as problem:
         _print(f"flow: the Prefect server does not answer ({problem}); the work goes on without it")
 
 

@@ -2,14 +2,17 @@
 
 import csv
 import io
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
+from tests.closure import ROOT
 from tests.test_end_to_end import Clone
-
-pytestmark = pytest.mark.slow
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -19,6 +22,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
+@pytest.mark.slow
 def test_trials_share_what_they_have_in_common_and_are_ranked_and_the_checkout_notices_nothing(tmp_path: Path) -> None:
     clone = Clone(tmp_path / "a clone ü")
     clone.run("python", "-m", "dvc", "repro", "split")
@@ -62,3 +66,32 @@ def test_trials_share_what_they_have_in_common_and_are_ranked_and_the_checkout_n
     # What came to a result is an experiment; what failed stays, to go on when it is mended.
     kept = [file for file in (clone.folder / ".trials").iterdir() if file.is_dir()]
     assert [(file / "params.yaml").read_text().count("min_documents: 99999999") for file in kept] == [1]
+
+
+def test_stages_are_shared_where_their_parameters_come_to_the_same_however_they_are_asked_for(monkeypatch):
+    from flows.dag import read_dag
+    from flows.sweep import shared
+
+    monkeypatch.chdir(ROOT)
+    as_it_is = YAML(typ="safe").load(ROOT / "params.yaml")["ingest"]["demo_documents"]
+    one, spelled, other = shared(
+        read_dag(),
+        [
+            {"train.learning_rate": 1e-4},
+            {"train.learning_rate": 1e-4, "ingest.demo_documents": as_it_is},
+            {"train.learning_rate": 1e-4, "split.seed": 99},
+        ],
+    )
+    assert all(one[name] is spelled[name] for name in one)
+    assert {name for name in one if one[name] is other[name]} == {"ingest", "clean"}
+
+
+def test_trials_do_not_take_what_is_for_one_run(tmp_path):
+    command = [sys.executable, "-m", "flows.pipeline", "--trial", "train.seed=1", "--when-busy", "refuse"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PREFECT_HOME": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith(
+        "error: --when-busy refuse: trials always wait for a run that works in the same place\n"
+    )
