@@ -173,9 +173,8 @@ def _slope(steps: Floats, losses: Floats, first: float) -> float:
         return math.nan
     num_last = max(2, int((steps >= first).sum()))
     x, y = steps[-num_last:] - steps[-num_last:].mean(), losses[-num_last:]
-    return float(
-        (x * y).sum() / (x * x).sum()
-    )  # x @ y would be BLAS, whose last digit depends on the processor's model
+    # `x @ y` would be BLAS, whose last digit depends on the model of the processor.
+    return float((x * y).sum() / (x * x).sum())
 
 
 def _flat_since(losses: Floats, flat_change: float) -> int:
