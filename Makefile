@@ -84,7 +84,7 @@ test: setup-dev               ## every test, end-to-end ones included
 	python -m ruff check .
 	python -m mypy
 	python -m pytest -m 'not served'
-	python -m pytest -m served --numprocesses 4
+	python -m pytest -m served --numprocesses 3
 
 fuzz: setup-dev               ## bad input by the thousand (EXAMPLES=...)
 	EXAMPLES=$(EXAMPLES) python -m pytest --numprocesses 0 --timeout 0 tests/test_fuzz.py tests/test_corpus.py tests/test_foreign.py

@@ -103,9 +103,8 @@ def _run_all(dag: Dag, asked: Sequence[Flat], at_once: int, limit_minutes: float
 def shared(dag: Dag, asked: Sequence[Flat]) -> list[dict[str, threading.Lock]]:
     """For each trial and stage a lock: the same one where the stage would do the same work in both.
 
-    That is where all parameters that it and the stages before it read are the same, changed or not.
-
-    Whoever comes second finds what the first one made in DVC's cache.
+    That is where all parameters that it and the stages before it read are the same, whoever asked for them. Whoever
+    comes second finds what the first one made in DVC's cache.
     """
     stages = stage.read_stages()
     reads = {

@@ -84,6 +84,13 @@ class Served:
         chosen = FlowRunFilter(id=FlowRunFilterId(any_=[run]))
         return {task.name: task.state_name for task in self.ask(lambda it: it.read_task_runs(flow_run_filter=chosen))}
 
+    def wait_for_states(self, run: UUID, **expected: str) -> None:
+        """Until the tasks of a run have these states: the server learns of them a moment later."""
+        deadline_s = time.monotonic() + 10
+        while (found := self.task_states(run)) != expected:
+            assert time.monotonic() < deadline_s, found
+            time.sleep(0.2)
+
     def ended(self, run: UUID, timeout_s: float = 200) -> Any:
         """The final state of a run."""
         return wait_for(lambda: is_final(self.ask(lambda client: client.read_flow_run(run)).state), timeout_s)

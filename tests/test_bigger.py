@@ -19,7 +19,7 @@ from tests.servers import free_port, postgresql, started
 from tests.test_end_to_end import STAGES, Clone
 from tests.tiny import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.served]
+pytestmark = [pytest.mark.slow, pytest.mark.served, pytest.mark.timeout(1200)]
 
 RETRAIN = "pipeline/retrain"
 IMAGE = "gpt2-pipeline:1"
@@ -123,7 +123,7 @@ def test_what_a_container_trained_is_whole_in_a_second_empty_clone_with_nothing_
             services.start("deploy", "worker")
             trained = services.run(RETRAIN)
             assert services.ended(trained, 300).name == "Completed", services.log("worker")
-            assert services.task_states(trained) == dict.fromkeys(STAGES, "Completed")
+            services.wait_for_states(trained, **dict.fromkeys(STAGES, "Completed"))
             (container,) = docker.created
             assert container["Image"] == IMAGE
             assert "PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30" in container["Env"]
@@ -143,7 +143,7 @@ def test_what_a_container_trained_is_whole_in_a_second_empty_clone_with_nothing_
             others.start("deploy", "worker")  # a process here, where the other was a container there
             run = services.run(RETRAIN)
             assert services.ended(run).name == "Completed"
-            assert services.task_states(run) == dict.fromkeys(STAGES, "Cached")
+            services.wait_for_states(run, **dict.fromkeys(STAGES, "Cached"))
             assert len(docker.created) == 1
             assert second.run("git", "status", "--porcelain") == ""
             assert "up to date" in second.run("dvc", "status")

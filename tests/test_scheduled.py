@@ -12,7 +12,7 @@ import pytest
 from tests.served import Served, is_final, served, wait_for
 from tests.test_end_to_end import STAGES, Clone
 
-pytestmark = [pytest.mark.slow, pytest.mark.served]
+pytestmark = [pytest.mark.slow, pytest.mark.served, pytest.mark.timeout(1200)]
 RETRAIN = "pipeline/retrain"
 RESULT = ("models/best/model.safetensors", "models/last/model.safetensors", "reports/train.jsonl")
 
@@ -44,12 +44,12 @@ def test_every_minute_the_first_run_trains_the_others_find_nothing_to_do_and_a_p
     services.ask(lambda client: client.create_deployment_schedules(deployment, every_minute))
     # Those that were due while the first one trained have waited for it. Two more are due after that.
     first, *others = wait_for(
-        lambda: len(runs := finished(services)) > 2 and runs[-2].start_time > runs[0].end_time and runs, 400
+        lambda: len(runs := finished(services)) > 2 and runs[-2].start_time > runs[0].end_time and runs, 600
     )
-    assert services.task_states(first.id) == dict.fromkeys(STAGES, "Completed")
+    services.wait_for_states(first.id, **dict.fromkeys(STAGES, "Completed"))
     for run in others:
         assert run.state_name == "Completed"
-        assert services.task_states(run.id) == dict.fromkeys(STAGES, "Cached")
+        services.wait_for_states(run.id, **dict.fromkeys(STAGES, "Cached"))
         assert run.start_time < first.end_time or run.total_run_time < timedelta(seconds=60)
 
     chosen = {"artifacts": {"flow_run_id": {"any_": [str(first.id)]}}}

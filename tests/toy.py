@@ -110,10 +110,6 @@ class Toy(Served):
         subprocess.run([*git, "add", "--all"], cwd=self.folder, check=True)
         subprocess.run([*git, "commit", "--quiet", "-m", "one"], cwd=self.folder, check=True)
 
-    def wait_for_states(self, run, **expected):
-        """Until the tasks of a run have these states: the server learns of them a moment later."""
-        wait_for(lambda: self.task_states(run) == expected, 10)
-
     def tasks(self, run):
         """What the server has of the stages of a run, by name."""
         return {task["name"]: task for task in self.post("/task_runs/filter", flow_runs={"id": {"any_": [str(run)]}})}
