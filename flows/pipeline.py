@@ -93,7 +93,8 @@ def _run(flow: Flow[..., Any], **parameters: Any) -> None:
         raise stage.Refusal(str(problem)) from None
     except httpx.HTTPError as problem:
         print(
-            f"flow: the Prefect server is gone, so it does not know how this run ended ({problem}); `dvc status` does",
+            f"flow: the Prefect server is gone, so it does not know how this run ended ({problem}); `dvc status` does, "
+            "of trials `dvc exp show`",
             file=sys.stderr,
             flush=True,
         )

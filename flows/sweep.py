@@ -86,7 +86,10 @@ def _run_all(dag: Dag, asked: Sequence[Flat], at_once: int, limit_minutes: float
         try:
             state: State[Any] = trial(asked[number], return_state=True)  # type: ignore[assignment]
         except httpx.HTTPError:  # of its end, which is known here
-            return ended.get(number, Failed(message="the Prefect server was gone before it could begin"))
+            if number not in ended:
+                ended[number] = Failed(message="the Prefect server was gone before it could begin")
+                talk.say(f"{name}: {ended[number].message}")
+            return ended[number]
         return state
 
     with ThreadPoolExecutor(at_once) as pool:

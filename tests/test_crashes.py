@@ -166,7 +166,9 @@ def test_with_the_server_killed_the_stages_go_on_and_the_result_is_there(tmp_pat
         print(f"measured: server killed, `python -m flows.pipeline` ended after {time.monotonic() - begun_s:.1f} s")
         wait_for((here.folder / "last.txt").exists, PATIENCE_S)
         seconds_until_gone(family[1:], PATIENCE_S)  # the flow itself tries for minutes to tell its server of it
-        assert is_one_sentence(stderr, "the Prefect server is gone", "`dvc status` does"), stderr
+        assert is_one_sentence(stderr, "the Prefect server is gone", "`dvc status` does, of trials `dvc exp show`"), (
+            stderr
+        )
         for folder in (here.folder, by_hand):
             assert (folder / "last.txt").read_text() == "done"
             assert here.python("-m", "dvc", "--cd", str(folder), "status").stdout == CLEAN
@@ -174,3 +176,29 @@ def test_with_the_server_killed_the_stages_go_on_and_the_result_is_there(tmp_pat
         stopped = here.service("stop").stdout
     assert stopped == "worker: ended\nserver: does not run\n"
     assert here.survivors() == []
+
+
+def test_with_the_server_killed_a_trial_goes_on_and_is_kept_and_one_that_had_not_begun_says_why(tmp_path):
+    here = Toy(tmp_path / "ein Örtchen")
+    write(here.folder, long=LONG_STAGE)
+    here.commit()
+    try:
+        here.start("server")
+        with subprocess.Popen(
+            [sys.executable, "-m", "flows.pipeline", "--trial", "train.seed=2", "--trial", "train.seed=3"],
+            cwd=here.folder, env=here.environment | {"PREFECT_API_URL": here.url},
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ) as process:  # fmt: skip
+            assert "waiting\n" in process.stdout
+            here.kill("server")
+            (tree,) = [file for file in (here.folder / ".trials").iterdir() if file.is_dir()]
+            (tree / "go").touch()
+            stdout, stderr = process.communicate(timeout=400)
+    finally:
+        here.service("stop")
+    assert process.returncode == 1
+    assert is_one_sentence(stderr, "the Prefect server is gone"), stderr
+    assert "flow: trial 2: train.seed=3: the Prefect server was gone before it could begin\n" in stdout
+    rows = [line.split() for line in stdout.splitlines()[-2:]]
+    assert rows == [["flow:", "train.seed=2", "Completed"], ["flow:", "train.seed=3", "Failed"]]
+    assert tree.name in here.python("-m", "dvc", "exp", "list").stdout
